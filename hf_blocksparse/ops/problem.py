@@ -1,0 +1,32 @@
+"""What an implementation of block-sparse attention is given besides its tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_blocksparse.block_index import BlockIndex
+from hf_blocksparse.sequences import Sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One attention call, already checked and resolved.
+
+    Attributes:
+        index_for: the block index for a tile shape `(tile_q, tile_kv)`, built on first use and cached.
+        sequences: where the sequences lie in the batch, on the tensors' device.
+        block_size: grain of the layout in tokens (1 where it is token-exact); a hint for choosing tiles.
+        scale: factor on the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`; None for none.
+        dropout_p: probability of dropping a coefficient.
+        dropout_seed: int64 scalar tensor on the tensors' device, None without dropout.
+    """
+
+    index_for: Callable[[int, int], BlockIndex]
+    sequences: Sequences
+    block_size: int
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    dropout_seed: torch.Tensor | None = None
