@@ -1,0 +1,365 @@
+"""`block_sparse_attention`: checks a call, resolves its layout, chooses the implementation."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse.layouts import Layout, TensorLayout, layout_from_name
+from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.sequences import Sequences
+
+Implementation = Literal["auto", "triton", "torch"]
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+# A tensor given as layout again and again is packed once, for as long as it lives and does not change.
+_layout_of_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None) -> Layout:
+    """The layout meant by a layout, a preset's name or a 0/1 tensor of blocks."""
+    if isinstance(layout, Layout):
+        if block_size is not None and block_size != layout.grain:
+            raise ValueError(
+                f"block_size got {block_size} beside {layout!r}, whose own is {layout.grain}; block_size belongs to tensors and "
+                "preset names; leave it out."
+            )
+        return layout
+    if isinstance(layout, str):
+        return layout_from_name(layout, block_size)
+    if isinstance(layout, Tensor):
+        if block_size is None:
+            raise ValueError(
+                f"block_size got None for a layout tensor of shape {tuple(layout.shape)}; a tensor needs the size of its blocks; "
+                "give block_size=16, 32, 64 or 128."
+            )
+        known = _layout_of_tensor.setdefault(layout, {})
+        key = (layout._version, block_size)
+        if key not in known:
+            known.clear()
+            known[key] = TensorLayout.from_tensor(layout, block_size)
+        return known[key]
+    raise TypeError(
+        f"layout got {type(layout).__name__}; it must be a layout, a preset's name or a 0/1 tensor; "
+        "for example SinkWindow(sink=64, window=1024)."
+    )
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} got shape {tuple(tensor.shape)}; it must be (batch, heads, length, head_dim); reshape it."
+            )
+        if not tensor.dtype.is_floating_point or tensor.dtype not in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+        ):
+            raise TypeError(
+                f"{name} got dtype {tensor.dtype}; it must be float16, bfloat16, float32 or float64; convert it with .to()."
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} got {tensor.dtype} on {tensor.device}; query is {query.dtype} on {query.device} and all three must agree; "
+                "convert with .to(query)."
+            )
+        if not tensor.numel():
+            raise ValueError(
+                f"{name} got shape {tuple(tensor.shape)}; no axis may be empty; skip the call for empty batches."
+            )
+    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query, key, value got shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; batch must agree in all, "
+            "heads and length in key and value; check how they were split into heads."
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key got head_dim {key.shape[-1]}; query has {query.shape[-1]} and they must agree; only value may have its own."
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads or (heads != kv_heads and not enable_gqa):
+        raise ValueError(
+            f"key got {kv_heads} heads for {heads} query heads; kv_heads must divide query_heads "
+            "(and equal them with enable_gqa=False); check the number of heads."
+        )
+
+
+def _resolve_mask(attn_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
+    """A view of the caller's mask with four axes."""
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask got dtype {attn_mask.dtype}; it must be bool, True where a key may be read (additive masks are not supported); "
+            "convert a 0/1 mask with .bool(), a 0/-inf mask with (mask == 0)."
+        )
+    target = (query.shape[0], query.shape[1], query.shape[2], kv_len)
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if attn_mask.dim() > 4 or any(
+        size not in (1, goal) for size, goal in zip(shape, target, strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask got shape {tuple(attn_mask.shape)}; it must broadcast to (batch, heads, query_len, kv_len) = {target}; reshape it."
+        )
+    return attn_mask.view(shape).expand(shape[0], shape[1], target[2], target[3])
+
+
+def _resolve_sequences(
+    query: Tensor,
+    kv_len: int,
+    query_start: int | None,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    sequences: Sequences | None,
+) -> tuple[Sequences, Tensor | None]:
+    """Where the sequences lie, and a mask for holes in the padding, which a table of runs cannot hold."""
+    batch, _, query_len, _ = query.shape
+    given = {
+        "key_padding_mask": key_padding_mask,
+        "document_ids": document_ids,
+        "sequences": sequences,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} got values together; they say the same thing; give one (negative document_ids are padding)."
+        )
+    if sequences is not None:
+        return sequences, None
+    if query_start is None:
+        query_start = kv_len - query_len
+    if query_start < 0:
+        raise ValueError(
+            f"query_start got {query_start} (by default kv_len - query_len = {kv_len} - {query_len}); it must not be negative; "
+            "give query_start=0 if queries and keys both start at position 0."
+        )
+    if document_ids is not None:
+        if tuple(document_ids.shape) != (batch, query_len) or query_len != kv_len:
+            raise ValueError(
+                f"document_ids got shape {tuple(document_ids.shape)} for query_len {query_len} and kv_len {kv_len}; it must be "
+                "(batch, length) with query_len == kv_len; packed documents have no cache."
+            )
+        if document_ids.dtype.is_floating_point or document_ids.dtype == torch.bool:
+            raise TypeError(
+                f"document_ids got dtype {document_ids.dtype}; it must be an integer type; number the documents from 0."
+            )
+        return Sequences.from_document_ids(document_ids.to(query.device)), None
+    if key_padding_mask is not None:
+        if tuple(key_padding_mask.shape) != (batch, kv_len) or key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_padding_mask got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}; it must be bool of shape "
+                f"(batch, kv_len) = {(batch, kv_len)}, True where a key may be read; convert it with .bool()."
+            )
+        key_padding_mask = key_padding_mask.to(query.device)
+        resolved = Sequences.from_key_padding(key_padding_mask, query_len, query_start)
+        has_holes = key_padding_mask.sum() != resolved.table[:, 5].sum()
+        holes = key_padding_mask[:, None, None, :] if bool(has_holes) else None
+        return resolved, holes
+    return Sequences.uniform(batch, query_len, kv_len, query_start, query.device), None
+
+
+def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl got {impl!r}; it must be one of {IMPLEMENTATIONS}; 'auto' takes Triton on a GPU and torch elsewhere."
+        )
+    from hf_blocksparse.ops import torch_blocks
+
+    if impl == "torch" or (impl == "auto" and query.device.type == "cpu"):
+        chosen: ModuleType = torch_blocks
+        reasons = torch_blocks.unsupported(query, key, value)
+    else:
+        from hf_blocksparse.ops import triton as chosen
+
+        reasons = chosen.unsupported(query, key, value)
+        if reasons and impl == "auto":
+            _say_once(f"block_sparse_attention runs in torch operations: {'; '.join(reasons)}.")
+            return torch_blocks
+    if reasons:
+        other = "torch" if impl == "triton" else "triton"
+        raise NotImplementedError(
+            f"impl={impl!r} cannot run: {'; '.join(reasons)}; change the input or use impl={other!r}."
+        )
+    return chosen
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | str | Tensor,
+    *,
+    block_size: int | None = ...,
+    is_causal: bool = ...,
+    attn_mask: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    sequences: Sequences | None = ...,
+    query_start: int | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    allow_empty_rows: bool = ...,
+    return_lse: Literal[False] = ...,
+    impl: Implementation = ...,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | str | Tensor,
+    *,
+    block_size: int | None = ...,
+    is_causal: bool = ...,
+    attn_mask: Tensor | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    document_ids: Tensor | None = ...,
+    sequences: Sequences | None = ...,
+    query_start: int | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    allow_empty_rows: bool = ...,
+    return_lse: Literal[True],
+    impl: Implementation = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | str | Tensor,
+    *,
+    block_size: int | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    sequences: Sequences | None = None,
+    query_start: int | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    allow_empty_rows: bool = False,
+    return_lse: bool = False,
+    impl: Implementation = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which each query reads only the keys that `layout` keeps.
+
+    What is computed is the layout intersected with causality, `attn_mask`, padding and documents. Layouts are evaluated in positions
+    of the *sequence*: windows, sinks and block grids start anew in each document, and outputs do not depend on padding.
+
+    Args:
+        query: (batch, query_heads, query_len, head_dim), float16, bfloat16 or float32 (float64 in torch operations).
+        key: (batch, kv_heads, kv_len, head_dim); kv_heads divides query_heads, and keys are never repeated in memory (GQA, MQA).
+        value: (batch, kv_heads, kv_len, value_dim).
+        layout: a layout, a preset's name, or a 0/1 tensor `[blocks, blocks]` or `[heads, blocks, blocks]` of any dtype on any device.
+        block_size: tokens per block of a layout tensor or of a block-exact preset.
+        is_causal: a query reads no later position. Queries end where the keys end (see `query_start`), unlike torch's
+            `scaled_dot_product_attention`, which aligns both at their start.
+        attn_mask: bool, broadcastable to (batch, query_heads, query_len, kv_len), True where a key may be read. Its partial tiles
+            cost memory, and the index is built again for each new tensor. It must not be changed behind torch's back.
+        key_padding_mask: bool (batch, kv_len), True where a key may be read. Query rows at padding are padding: their output is 0.
+        document_ids: integers (batch, length), equal within a packed document, negative for padding.
+        sequences: a ready table of sequences, instead of the three above.
+        query_start: position of the first query; `kv_len - query_len` by default.
+        dropout_p: probability of dropping a coefficient after the softmax, drawn from the device's torch generator.
+        scale: factor on the scores, `head_dim ** -0.5` by default.
+        enable_gqa: False refuses fewer key heads than query heads.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        sinks: (query_heads,) logits that take part in the softmax without a value (gpt-oss).
+        allow_empty_rows: accept a layout that leaves queries without a key: output 0, LSE -inf, zero gradients. Padding and
+            `attn_mask` may always do that.
+        return_lse: also return the log-sum-exp of each row's kept scores, float32 (batch, query_heads, query_len), natural logarithm.
+        impl: "triton", "torch" or "auto" (Triton on a GPU, torch elsewhere). A named one never falls back.
+
+    Returns:
+        (batch, query_heads, query_len, value_dim) in query's dtype, accumulated in float32; with `return_lse` also the LSE. Gradients
+        flow to query, key, value, sinks, and back from the LSE; second derivatives with impl="torch" only.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message says which, why and what to do.
+        NotImplementedError: the implementation asked for cannot run the call.
+    """
+    _check_tensors(query, key, value, enable_gqa)
+    heads, kv_len = query.shape[1], key.shape[2]
+    resolved = resolve_layout(layout, block_size)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p got {dropout_p}; it must be in [0, 1); 0.0 turns dropout off.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap got {softcap}; it must be positive; None turns it off.")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(
+            f"sinks got shape {tuple(sinks.shape)}; it must be (query_heads,) = ({heads},); give one logit per query head."
+        )
+    mask = None if attn_mask is None else _resolve_mask(attn_mask, query, kv_len)
+    where, holes = _resolve_sequences(
+        query, kv_len, query_start, key_padding_mask, document_ids, sequences
+    )
+    if holes is not None:
+        mask = holes.expand(-1, -1, query.shape[2], -1) if mask is None else mask & holes
+    resolved.check(heads, where.query_end, where.key_end)
+    chosen = _choose(impl, query, key, value)
+
+    def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
+        options = dict(
+            is_causal=is_causal,
+            num_heads=heads,
+            tile_q=tile_q,
+            tile_kv=tile_kv,
+            device=query.device,
+        )
+        index = get_index(resolved, where, attn_mask=None, **options)
+        if not allow_empty_rows and index.empty_rows.numel():
+            _check_rows(index, where, resolved, is_causal)
+        return index if mask is None else get_index(resolved, where, attn_mask=mask, **options)
+
+    seed = None
+    if dropout_p:
+        seed = torch.randint(1 << 62, (), dtype=torch.int64, device=query.device)
+    problem = Problem(
+        index_for=index_for,
+        sequences=where,
+        block_size=resolved.grain,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+    )
+    out, lse = chosen.attention(query, key, value, sinks, problem)
+    return (out, lse) if return_lse else out
+
+
+def _check_rows(index: BlockIndex, where: Sequences, layout: Layout, is_causal: bool) -> None:
+    first = int(where.table[0, 3]) if where.is_uniform else 0
+    empty = index.empty_rows
+    empty = empty[(empty >= first) & (empty < where.query_end)]
+    if empty.numel():
+        raise ValueError(
+            f"layout got {layout!r}, which leaves {empty.numel()} queries without a key (first: position {int(empty[0])}"
+            f"{', with causality' if is_causal else ''}); every query needs one; keep the diagonal, for example "
+            "`layout | SlidingWindow(1)`, or pass allow_empty_rows=True for outputs of 0."
+        )

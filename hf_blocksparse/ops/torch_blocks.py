@@ -1,0 +1,298 @@
+"""Block-sparse attention in torch operations: the specification, and the path for CPUs.
+
+One step handles the queries of one tile: it gathers the keys its list names, and nothing of size query_len x kv_len exists. The backward
+recomputes each step from query, key and LSE, and is itself made of differentiable operations, so second derivatives work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_blocksparse.block_index import BlockIndex
+from hf_blocksparse.ops.philox import dropout_keep
+from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.sequences import Sequences
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Every reason why this path cannot run the call."""
+    if query.dtype not in DTYPES:
+        return [f"dtype is {query.dtype} (needs one of {DTYPES})"]
+    return []
+
+
+def _tile(block_size: int) -> int:
+    return 64 if block_size in (16, 32) else 128
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The queries of one tile, for the batch rows and heads that walk the same list.
+
+    Attributes:
+        batch, heads: slices of the query tensor.
+        rows: slice of its rows.
+        columns: slices of the key tensor's rows, in order.
+        mask: bool `[rows, columns]`, None where everything is kept.
+    """
+
+    batch: slice
+    heads: slice
+    rows: slice
+    columns: list[slice]
+    mask: Tensor | None
+
+
+def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[_Step]:
+    list_of = index.list_of.expand(sequences.num_sequences, num_heads).tolist()
+    offsets, num_full = index.kv_offsets.tolist(), index.kv_num_full.tolist()
+    indices, mask_ids = index.kv_indices.tolist(), index.kv_mask_ids.tolist()
+    bits = index.bank_bits()
+    table = sequences.table.tolist()
+    everyone = slice(None)
+    for number, line in enumerate(table):
+        batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = line
+        if sequences.is_uniform and number > 0:
+            return  # the first step of each tile served the whole batch
+        batch_slice = everyone if sequences.is_uniform else slice(batch, batch + 1)
+        lists = list_of[number]
+        shared = len(set(lists)) == 1
+        for tile in range(q_pos // index.tile_q, -(-(q_pos + q_len) // index.tile_q)):
+            first = max(tile * index.tile_q, q_pos)
+            end = min((tile + 1) * index.tile_q, q_pos + q_len)
+            for head, one in enumerate(lists[:1] if shared else lists):
+                start, stop = offsets[one][tile], offsets[one][tile + 1]
+                entries = sorted(
+                    (indices[e], mask_ids[e] if e >= start + num_full[one][tile] else -1)
+                    for e in range(start, stop)
+                )
+                columns: list[slice] = []
+                masks: list[Tensor | int] = []
+                for kv_tile, mask_id in entries:
+                    left = max(kv_tile * index.tile_kv, kv_pos)
+                    right = min((kv_tile + 1) * index.tile_kv, kv_pos + kv_len)
+                    if left >= right:
+                        continue
+                    place = slice(left - kv_pos + kv_row, right - kv_pos + kv_row)
+                    if columns and columns[-1].stop == place.start:
+                        columns[-1] = slice(columns[-1].start, place.stop)
+                    else:
+                        columns.append(place)
+                    if mask_id < 0:
+                        masks.append(right - left)
+                    else:
+                        origin = kv_tile * index.tile_kv
+                        part = bits[mask_id, :, left - origin : right - origin]
+                        masks.append(
+                            part[first - tile * index.tile_q : end - tile * index.tile_q]
+                        )
+                if not columns:
+                    continue
+                yield _Step(
+                    batch_slice,
+                    everyone if shared else slice(head, head + 1),
+                    slice(first - q_pos + q_row, end - q_pos + q_row),
+                    columns,
+                    _join_masks(masks, end - first, bits.device),
+                )
+
+
+def _join_masks(masks: list[Tensor | int], rows: int, device: torch.device) -> Tensor | None:
+    if all(isinstance(mask, int) for mask in masks):
+        return None
+    return torch.cat(
+        [
+            torch.ones(rows, mask, dtype=torch.bool, device=device)
+            if isinstance(mask, int)
+            else mask
+            for mask in masks
+        ],
+        1,
+    )
+
+
+class _StepTensors:
+    """The operands of one step. Query heads of one key head are stacked as rows, so keys are never repeated."""
+
+    def __init__(self, step: _Step, group: int, problem: Problem, shape: torch.Size):
+        self.step = step
+        self.group = group
+        self.problem = problem
+        self.shape = shape
+        if step.heads == slice(None):
+            self.kv_heads = step.heads
+            self.group_here = group
+        else:
+            kv_head = step.heads.start // group
+            self.kv_heads = slice(kv_head, kv_head + 1)
+            self.group_here = 1
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """`[batch, kv_heads, group * rows, ...]` of a tensor `[batch, query_heads, query_len, ...]`."""
+        part = tensor[self.step.batch, self.step.heads, self.step.rows]
+        return part.unflatten(1, (-1, self.group_here)).flatten(2, 3)
+
+    def as_rows(self, part: Tensor) -> Tensor:
+        """The inverse of `rows_of`."""
+        return part.unflatten(2, (self.group_here, -1)).flatten(1, 2)
+
+    def columns_of(self, tensor: Tensor) -> Tensor:
+        parts = [
+            tensor[self.step.batch, self.kv_heads, columns] for columns in self.step.columns
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def add_columns(self, total: Tensor, part: Tensor) -> None:
+        start = 0
+        for columns in self.step.columns:
+            count = columns.stop - columns.start
+            total[self.step.batch, self.kv_heads, columns] += part[:, :, start : start + count]
+            start += count
+
+    def add_rows(self, total: Tensor, part: Tensor) -> None:
+        total[self.step.batch, self.step.heads, self.step.rows] += self.as_rows(part)
+
+    def scores(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores with -inf where a coefficient is not kept, and d(score) / d(scaled product) where there is a softcap."""
+        scores = (rows * self.problem.scale) @ columns.transpose(-1, -2)
+        slope = None
+        if self.problem.softcap is not None:
+            scores = torch.tanh(scores / self.problem.softcap)
+            slope = 1 - scores * scores
+            scores = self.problem.softcap * scores
+        if self.step.mask is not None:
+            masked = scores.unflatten(2, (self.group_here, -1)).masked_fill(
+                ~self.step.mask, float("-inf")
+            )
+            scores = masked.flatten(2, 3)
+        return scores, slope
+
+    def dropout_factor(self, dtype: torch.dtype) -> Tensor | None:
+        """What dropout multiplies the probabilities by."""
+        problem = self.problem
+        if not problem.dropout_p:
+            return None
+        assert problem.dropout_seed is not None
+        device = problem.dropout_seed.device
+        batch, heads = self.shape[:2]
+        row = torch.arange(self.step.rows.start, self.step.rows.stop, device=device)
+        col = torch.cat([torch.arange(c.start, c.stop, device=device) for c in self.step.columns])
+        batch_head = torch.arange(batch * heads, device=device).view(batch, heads)
+        batch_head = batch_head[self.step.batch, self.step.heads]
+        keep = dropout_keep(
+            int(problem.dropout_seed),
+            problem.dropout_p,
+            row[:, None],
+            col[None, :],
+            batch_head[:, :, None, None],
+        )
+        factor = keep.to(dtype) / (1 - problem.dropout_p)
+        return factor.unflatten(1, (-1, self.group_here)).flatten(2, 3)
+
+
+def _accumulator(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        problem: Problem,
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, query_len, _ = query.shape
+        group = heads // key.shape[1]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        out = query.new_zeros(batch, heads, query_len, value.shape[-1])
+        lse = torch.full(
+            (batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device
+        )
+        if sinks is not None:
+            lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
+        tile = _tile(problem.block_size)
+        for step in _steps(problem.index_for(tile, tile), problem.sequences, heads):
+            part = _StepTensors(step, group, problem, query.shape)
+            scores, _ = part.scores(
+                _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
+            )
+            peak = scores.amax(-1, keepdim=True)
+            base = part.rows_of(lse)[..., None]  # the sink, or -inf
+            peak = torch.maximum(peak, base).clamp(min=torch.finfo(dtype).min)
+            weights = scores.sub_(peak).exp_()
+            total = weights.sum(-1, keepdim=True) + (base - peak).exp()
+            factor = part.dropout_factor(dtype)
+            if factor is not None:
+                weights.mul_(factor)
+            result = weights @ _accumulator(part.columns_of(value))
+            result = result / torch.where(total > 0, total, 1)
+            rows = (step.batch, step.heads, step.rows)
+            out[rows] = part.as_rows(result).to(out.dtype)
+            lse[rows] = part.as_rows(peak + total.log())[..., 0]
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.problem = problem
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        heads = query.shape[1]
+        group = heads // key.shape[1]
+        dtype = lse.dtype
+        # d(loss)/d(score) = p * (d(loss)/d(p) - delta): the gradient of LSE enters as part of delta.
+        delta = (_accumulator(grad_out) * _accumulator(out)).sum(-1) - grad_lse
+        finite_lse = torch.where(torch.isinf(lse), 0, lse)
+        grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
+        grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+        grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+        tile = _tile(problem.block_size)
+        for step in _steps(problem.index_for(tile, tile), problem.sequences, heads):
+            part = _StepTensors(step, group, problem, query.shape)
+            query_rows = _accumulator(part.rows_of(query))
+            key_columns = _accumulator(part.columns_of(key))
+            grad_rows = _accumulator(part.rows_of(grad_out))
+            scores, slope = part.scores(query_rows, key_columns)
+            weights = torch.exp(scores - part.rows_of(finite_lse)[..., None])
+            grad_weights = grad_rows @ _accumulator(part.columns_of(value)).transpose(-1, -2)
+            factor = part.dropout_factor(dtype)
+            dropped = weights
+            if factor is not None:
+                grad_weights = grad_weights * factor
+                dropped = weights * factor
+            part.add_columns(grad_value, dropped.transpose(-1, -2) @ grad_rows)
+            grad_scores = weights * (grad_weights - part.rows_of(delta)[..., None])
+            if slope is not None:
+                grad_scores = grad_scores * slope
+            grad_scores = grad_scores * problem.scale
+            part.add_rows(grad_query, grad_scores @ key_columns)
+            part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ query_rows)
+        grad_sinks = None
+        if sinks is not None:
+            share = torch.exp(sinks.to(dtype)[:, None] - lse)
+            grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        return (
+            grad_query.to(query.dtype),
+            grad_key.to(key.dtype),
+            grad_value.to(value.dtype),
+            grad_sinks,
+            None,
+        )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE; see docs/architecture.md, "What is computed"."""
+    return _Attention.apply(query, key, value, sinks, problem)

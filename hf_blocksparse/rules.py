@@ -1,0 +1,480 @@
+"""The predicates over token positions that every layout is made of.
+
+A rule answers, for head `h`, query position `i` and key position `j`, whether the coefficient is kept. It also answers for whole
+tiles, by interval arithmetic, so that an index is built in time and memory proportional to the tiles it keeps and a tile's
+coefficients are looked at only where the tile is partial:
+
+- `visible`: the truth, coefficient by coefficient;
+- `enumerate`: tile codes that contain every tile with a kept coefficient (a superset, without duplicates);
+- `bounds`: per tile, whether some coefficient may be kept and whether every one surely is;
+- `keys`: integers per tile; tiles of equal keys have equal content, so masks are evaluated once per distinct key.
+
+All arithmetic is on int64 tensors of positions; a rule never holds a length of its own except where its layout is a tensor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+# Larger than any position, small enough that sums of a few stay far from int64's end.
+UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """All tiles of one shape over `num_q_tiles x num_kv_tiles`, once for each entry of `heads`.
+
+    A tile's code is `(slot * num_q_tiles + q) * num_kv_tiles + kv`, slot being the place of its head in `heads`.
+    """
+
+    tile_q: int
+    tile_kv: int
+    num_q_tiles: int
+    num_kv_tiles: int
+    heads: tuple[int, ...]
+    device: torch.device
+
+    def arange(self, end: int) -> Tensor:
+        return torch.arange(end, dtype=torch.int64, device=self.device)
+
+    def expand_rows(self, start: Tensor, stop: Tensor) -> Tensor:
+        """Codes of key tiles `start[q] <= kv < stop[q]` of every query tile q, for every head."""
+        start = start.clamp(0, self.num_kv_tiles)
+        counts = (stop.clamp(0, self.num_kv_tiles) - start).clamp(min=0)
+        query = torch.repeat_interleave(self.arange(self.num_q_tiles), counts)
+        first = torch.cumsum(counts, 0) - counts
+        key = start[query] + self.arange(query.numel()) - first[query]
+        return self.for_all_heads(query * self.num_kv_tiles + key)
+
+    def for_all_heads(self, codes: Tensor) -> Tensor:
+        if len(self.heads) == 1:
+            return codes
+        stride = self.num_q_tiles * self.num_kv_tiles
+        return (self.arange(len(self.heads))[:, None] * stride + codes).reshape(-1)
+
+    def tiles(self, codes: Tensor) -> Tiles:
+        heads = torch.tensor(self.heads, dtype=torch.int64, device=self.device)
+        row_codes = codes // self.num_kv_tiles
+        slot = row_codes // self.num_q_tiles
+        return Tiles(self, slot, heads[slot], row_codes % self.num_q_tiles, codes % self.num_kv_tiles)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Some tiles of a grid: int64 vectors of one length."""
+
+    grid: TileGrid
+    slot: Tensor
+    head: Tensor
+    q: Tensor
+    kv: Tensor
+
+    @cached_property
+    def row_start(self) -> Tensor:
+        return self.q * self.grid.tile_q
+
+    @cached_property
+    def col_start(self) -> Tensor:
+        return self.kv * self.grid.tile_kv
+
+    @cached_property
+    def row_last(self) -> Tensor:
+        return self.row_start + self.grid.tile_q - 1
+
+    @cached_property
+    def col_last(self) -> Tensor:
+        return self.col_start + self.grid.tile_kv - 1
+
+    def select(self, chosen: Tensor) -> Tiles:
+        return Tiles(
+            self.grid, self.slot[chosen], self.head[chosen], self.q[chosen], self.kv[chosen]
+        )
+
+
+class Rule(ABC):
+    varies_by_head = False
+
+    @abstractmethod
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Whether coefficients are kept; the arguments broadcast against each other."""
+
+    @abstractmethod
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        """Codes of a duplicate-free superset of the tiles with a kept coefficient."""
+
+    @abstractmethod
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """`(some, every)`: False in `some` means surely empty, True in `every` means surely full."""
+
+    @abstractmethod
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        """Integers per tile; where all are equal, so is the content."""
+
+    def __and__(self, other: Rule) -> Rule:
+        return All((self, other))
+
+    def __or__(self, other: Rule) -> Rule:
+        return AnyOf((self, other))
+
+
+class IntervalRule(Rule):
+    """A rule whose kept columns, over a range of rows, lie in one interval."""
+
+    @abstractmethod
+    def columns(self, row_start: Tensor, row_last: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last column (inclusive) that any row of the range may keep."""
+
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        return grid.expand_rows(*self._tile_range(grid))
+
+    def _tile_range(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
+        row_start = grid.arange(grid.num_q_tiles) * grid.tile_q
+        first, last = self.columns(row_start, row_start + grid.tile_q - 1)
+        return first // grid.tile_kv, last // grid.tile_kv + 1
+
+
+@dataclass(frozen=True)
+class Band(IntervalRule):
+    """`low <= row - col <= high`, in units of `unit` tokens: `low <= row // unit - col // unit <= high`."""
+
+    low: int = -UNBOUNDED
+    high: int = UNBOUNDED
+    unit: int = 1
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        difference = row // self.unit - col // self.unit
+        return (difference >= self.low) & (difference <= self.high)
+
+    def columns(self, row_start: Tensor, row_last: Tensor) -> tuple[Tensor, Tensor]:
+        first = (row_start // self.unit - self.high) * self.unit
+        last = (row_last // self.unit - self.low + 1) * self.unit - 1
+        return first, last
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        smallest = tiles.row_start // self.unit - tiles.col_last // self.unit
+        largest = tiles.row_last // self.unit - tiles.col_start // self.unit
+        some = (largest >= self.low) & (smallest <= self.high)
+        every = (smallest >= self.low) & (largest <= self.high)
+        return some, every
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        # Content depends on the difference of the units the tile starts in and on where in the unit it starts.
+        span = max(tiles.grid.tile_q, tiles.grid.tile_kv) // self.unit + 2
+        difference = tiles.row_start // self.unit - tiles.col_start // self.unit
+        keys = [difference.clamp(self.low - span, self.high + span)]
+        if tiles.grid.tile_q % self.unit:
+            keys.append(tiles.row_start % self.unit)
+        if tiles.grid.tile_kv % self.unit:
+            keys.append(tiles.col_start % self.unit)
+        return keys
+
+
+@dataclass(frozen=True)
+class Columns(IntervalRule):
+    """`start <= col < stop`."""
+
+    start: int
+    stop: int
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        kept = (col >= self.start) & (col < self.stop)
+        return kept.expand(torch.broadcast_shapes(kept.shape, row.shape))
+
+    def columns(self, row_start: Tensor, row_last: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(row_start, self.start), torch.full_like(row_start, self.stop - 1)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some = (tiles.col_last >= self.start) & (tiles.col_start < self.stop)
+        every = (tiles.col_start >= self.start) & (tiles.col_last < self.stop)
+        return some, every
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        return [tiles.col_start.clamp(self.start - tiles.grid.tile_kv, self.stop)]
+
+
+@dataclass(frozen=True)
+class Rows(IntervalRule):
+    """`start <= row < stop`."""
+
+    start: int
+    stop: int
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        kept = (row >= self.start) & (row < self.stop)
+        return kept.expand(torch.broadcast_shapes(kept.shape, col.shape))
+
+    def columns(self, row_start: Tensor, row_last: Tensor) -> tuple[Tensor, Tensor]:
+        inside = (row_last >= self.start) & (row_start < self.stop)
+        return torch.zeros_like(row_start), torch.where(inside, UNBOUNDED, -1)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some = (tiles.row_last >= self.start) & (tiles.row_start < self.stop)
+        every = (tiles.row_start >= self.start) & (tiles.row_last < self.stop)
+        return some, every
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        return [tiles.row_start.clamp(self.start - tiles.grid.tile_q, self.stop)]
+
+
+def _blocks_per_tile(tile: int, block_size: int) -> int:
+    return max(1, tile // block_size)
+
+
+def _block_pattern_keys(rule: Rule, tiles: Tiles, block_size: int) -> list[Tensor]:
+    """The kept blocks of each tile as bits, for rules that are constant on blocks."""
+    rows = _blocks_per_tile(tiles.grid.tile_q, block_size)
+    cols = _blocks_per_tile(tiles.grid.tile_kv, block_size)
+    row = tiles.row_start[:, None] + tiles.grid.arange(rows) * block_size
+    col = tiles.col_start[:, None] + tiles.grid.arange(cols) * block_size
+    kept = rule.visible(tiles.head[:, None, None], row[:, :, None], col[:, None, :])
+    weights = 1 << tiles.grid.arange(cols)
+    return list((kept * weights).sum(-1).unbind(1))
+
+
+class Table(Rule):
+    """`table[head, row // block_size, col // block_size]`; nothing is kept outside the table.
+
+    Args:
+        table: bool `[1 or heads, rows, cols]`, on the device the index is built on.
+        block_size: tokens per entry and axis; 1 for a per-coefficient mask.
+    """
+
+    def __init__(self, table: Tensor, block_size: int):
+        self.table = table
+        self.block_size = block_size
+        self.varies_by_head = table.shape[0] > 1
+        self._pooled: dict[TileGrid, tuple[Tensor, Tensor]] = {}
+
+    def _head(self, head: Tensor) -> Tensor:
+        return head if self.varies_by_head else torch.zeros_like(head)
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        row, col = row // self.block_size, col // self.block_size
+        num_rows, num_cols = self.table.shape[1:]
+        inside = (row < num_rows) & (col < num_cols)
+        row, col = row.clamp(max=num_rows - 1), col.clamp(max=num_cols - 1)
+        return self.table[self._head(head), row, col] & inside
+
+    def pooled(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
+        """`(some, every)` of each tile, `[1 or heads, num_q_tiles, num_kv_tiles]`."""
+        if grid not in self._pooled:
+            some = every = self.table
+            for axis, tile, count in (
+                (1, grid.tile_q, grid.num_q_tiles),
+                (2, grid.tile_kv, grid.num_kv_tiles),
+            ):
+                # Past the table no position exists, so it must not make a tile partial.
+                some = _pool(some, axis, tile, count, self.block_size, torch.any, False)
+                every = _pool(every, axis, tile, count, self.block_size, torch.all, True)
+            self._pooled[grid] = (some, every & some)
+        return self._pooled[grid]
+
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        some = self.pooled(grid)[0]
+        chosen = some[list(grid.heads)] if self.varies_by_head else some[:1]
+        codes = chosen.flatten().nonzero().squeeze(1)
+        return codes if self.varies_by_head else grid.for_all_heads(codes)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some, every = self.pooled(tiles.grid)
+        place = (self._head(tiles.head), tiles.q, tiles.kv)
+        return some[place], every[place]
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        if self.block_size == 1:
+            return [tiles.grid.arange(tiles.q.numel())]
+        return _block_pattern_keys(self, tiles, self.block_size)
+
+
+def _pool(table: Tensor, axis: int, tile: int, count: int, block_size: int, reduce_axis, outside):
+    """One axis of a block table at tile grain; `outside` stands for entries past the table's end."""
+    if tile >= block_size:
+        per_tile = tile // block_size
+        table = table.narrow(axis, 0, min(table.shape[axis], count * per_tile))
+        padding = [0, 0] * (table.dim() - axis)
+        padding[-1] = count * per_tile - table.shape[axis]
+        table = torch.nn.functional.pad(table, padding, value=outside)
+        return reduce_axis(table.unflatten(axis, (count, per_tile)), dim=axis + 1)
+    block = torch.arange(count, device=table.device) * tile // block_size
+    inside = block < table.shape[axis]
+    taken = table.index_select(axis, block.clamp(max=table.shape[axis] - 1))
+    shape = [1] * table.dim()
+    shape[axis] = count
+    return torch.where(inside.view(shape), taken, outside)
+
+
+class RandomBlocks(Rule):
+    """`count` blocks per block row and head, drawn without replacement among the blocks outside window and global columns.
+
+    The draw depends on (seed, layer, head, block row) alone: equal in training and evaluation, on every rank and after reload.
+    With causality it draws among the earlier blocks, so the rows of a shorter sequence are those of a longer one; without,
+    among all `num_blocks` of the sequence.
+    """
+
+    varies_by_head = True
+
+    def __init__(
+        self,
+        block_size: int,
+        count: int,
+        *,
+        half_window: int,
+        num_global: int,
+        seed: int,
+        layer: int,
+        is_causal: bool,
+        num_blocks: int,
+        num_heads: int,
+        device: torch.device,
+    ):
+        self.block_size = block_size
+        row = torch.arange(num_blocks, device=device)
+        head = torch.arange(num_heads, device=device)[:, None]
+        # The free columns are [num_global, window_first) and, without causality, (window_last, num_blocks).
+        window_first = (row - half_window).clamp(min=num_global)
+        window_last = (row + half_window).clamp(min=num_global - 1, max=num_blocks - 1)
+        free_before = window_first - num_global
+        free_after = torch.zeros_like(row) if is_causal else num_blocks - 1 - window_last
+        num_free = free_before + free_after  # [num_blocks]
+
+        picks: list[Tensor] = []
+        for draw in range(count):
+            remaining = (num_free - draw).clamp(min=0)
+            place = _hash(seed, layer, head, row, draw) % remaining.clamp(min=1)  # [heads, num_blocks]
+            # The place counts only what is left: step over the earlier picks in ascending order.
+            for earlier in torch.stack(picks).sort(0).values if picks else ():
+                place = place + (place >= earlier)
+            picks.append(torch.where(remaining > 0, place, UNBOUNDED))
+        chosen = torch.stack(picks, -1)  # [heads, num_blocks, count]
+        is_before = chosen < free_before[:, None]
+        column = torch.where(
+            is_before, chosen + num_global, chosen - free_before[:, None] + window_last[:, None] + 1
+        )
+        self.picks = torch.where(chosen >= UNBOUNDED, -1, column)
+
+    def _picks_of_rows(self, head: Tensor, row: Tensor) -> Tensor:
+        block_row = (row // self.block_size).clamp(max=self.picks.shape[1] - 1)
+        return self.picks[head, block_row]
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        # Picks are gathered at the row's own shape, then compared with the columns: no [rows, cols, count] tensor of positions.
+        head, row = torch.broadcast_tensors(head, row)
+        picks = self._picks_of_rows(head, row)
+        block_col = col // self.block_size
+        return reduce(torch.logical_or, (pick == block_col for pick in picks.unbind(-1)))
+
+    def _matches(self, tiles: Tiles) -> Tensor:
+        rows = _blocks_per_tile(tiles.grid.tile_q, self.block_size)
+        row = tiles.row_start[:, None] + tiles.grid.arange(rows) * self.block_size
+        first = self._picks_of_rows(tiles.head[:, None], row) * self.block_size
+        overlap = (first >= 0) & (first <= tiles.col_last[:, None, None])
+        overlap &= first + self.block_size > tiles.col_start[:, None, None]
+        return overlap.flatten(1).sum(1)
+
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        rows = grid.num_q_tiles * _blocks_per_tile(grid.tile_q, self.block_size)
+        row = grid.arange(rows) * max(1, min(grid.tile_q, self.block_size))
+        heads = torch.tensor(grid.heads, dtype=torch.int64, device=grid.device)
+        picks = self._picks_of_rows(heads[:, None], row[None])  # [slots, rows, count]
+        per_block = _blocks_per_tile(self.block_size, grid.tile_kv)
+        tile = picks[..., None] * self.block_size // grid.tile_kv + grid.arange(per_block)
+        line = grid.arange(len(grid.heads))[:, None] * grid.num_q_tiles + row // grid.tile_q
+        codes = line[:, :, None, None] * grid.num_kv_tiles + tile
+        kept = (picks >= 0)[..., None] & (tile < grid.num_kv_tiles)
+        return torch.unique(codes[kept])
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        matches = self._matches(tiles)
+        blocks = _blocks_per_tile(tiles.grid.tile_q, self.block_size) * _blocks_per_tile(
+            tiles.grid.tile_kv, self.block_size
+        )
+        return matches > 0, matches == blocks
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        return _block_pattern_keys(self, tiles, self.block_size)
+
+
+def _hash(*values: int | Tensor) -> Tensor:
+    """A 31-bit hash of broadcastable non-negative integers, the same on every device."""
+    mask = 0x7FFFFFFF
+    state: int | Tensor = 0x3C6EF372
+    for value in values:
+        state = (state * 31 + value) & mask
+        for shift, factor in ((16, 0x045D9F3B), (15, 0x2C1B3C6D), (16, 0x119DE1F3)):
+            state = ((state ^ (state >> shift)) * factor) & mask
+    assert isinstance(state, Tensor)
+    return state ^ (state >> 16)
+
+
+class _Combination(Rule):
+    def __init__(self, rules: Seq[Rule]):
+        flat: list[Rule] = []
+        for rule in rules:
+            flat.extend(rule.rules if type(rule) is type(self) else (rule,))
+        self.rules = tuple(flat)
+        self.varies_by_head = any(rule.varies_by_head for rule in self.rules)
+
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        return [key for rule in self.rules for key in rule.keys(tiles)]
+
+
+class AnyOf(_Combination):
+    """Union: kept where any of the rules keeps."""
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        return reduce(torch.logical_or, (rule.visible(head, row, col) for rule in self.rules))
+
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        return torch.unique(torch.cat([rule.enumerate(grid) for rule in self.rules]))
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some, every = zip(*(rule.bounds(tiles) for rule in self.rules), strict=True)
+        return reduce(torch.logical_or, some), reduce(torch.logical_or, every)
+
+
+class All(_Combination):
+    """Intersection: kept where all of the rules keep."""
+
+    def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        return reduce(torch.logical_and, (rule.visible(head, row, col) for rule in self.rules))
+
+    def enumerate(self, grid: TileGrid) -> Tensor:
+        # Interval rules intersect exactly and cheaply; among the rest the shortest list will do, `bounds` sorts out the tiles.
+        intervals = [rule for rule in self.rules if isinstance(rule, IntervalRule)]
+        others = [rule.enumerate(grid) for rule in self.rules if not isinstance(rule, IntervalRule)]
+        if others and not intervals:
+            return min(others, key=Tensor.numel)
+        ranges = [rule._tile_range(grid) for rule in intervals]
+        start = reduce(torch.maximum, (first for first, _ in ranges))
+        stop = reduce(torch.minimum, (last for _, last in ranges))
+        if others:
+            length = (stop.clamp(max=grid.num_kv_tiles) - start.clamp(min=0)).clamp(min=0)
+            shortest = min(others, key=Tensor.numel)
+            if shortest.numel() <= int(length.sum()) * len(grid.heads):
+                return shortest
+        return grid.expand_rows(start, stop)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some, every = zip(*(rule.bounds(tiles) for rule in self.rules), strict=True)
+        return reduce(torch.logical_and, some), reduce(torch.logical_and, every)
+
+
+CAUSAL = Band(low=0)
+
+
+def distinct(keys: Seq[Tensor]) -> tuple[Tensor, Tensor]:
+    """Number rows of equal keys: `(representative, number)`, a row index per distinct row and each row's number."""
+    number = torch.zeros_like(keys[0])
+    for key in keys:
+        values, inverse = torch.unique(key, return_inverse=True)
+        number = torch.unique(number * values.numel() + inverse, return_inverse=True)[1]
+    count = int(number.max()) + 1 if number.numel() else 0
+    representative = torch.zeros(count, dtype=torch.int64, device=number.device)
+    representative[number] = torch.arange(number.numel(), device=number.device)
+    return representative, number

@@ -1,0 +1,199 @@
+"""Where the sequences lie in a batch: padding, packed documents, caches and decoding as one small device table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BATCH, Q_ROW, Q_LEN, Q_POS, KV_ROW, KV_LEN, KV_POS = range(7)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Runs of tokens that attend within themselves.
+
+    Attributes:
+        table: int32 `[num_sequences, 7]`: batch row; tensor row, count and position of the first query; tensor row, count and
+            position of the first key. See docs/architecture.md.
+        query_end: no query has this position or a later one. A host number, an upper bound where the table lives on a device.
+        key_end: the same for keys.
+        max_query_rows: an upper bound of the sum of `q_len`.
+        max_key_rows: an upper bound of the sum of `kv_len`.
+        covers_queries: every query row of the batch belongs to a sequence.
+        covers_keys: every key row of the batch belongs to a sequence.
+        is_uniform: the sequences differ in their batch row alone.
+    """
+
+    table: Tensor
+    query_end: int
+    key_end: int
+    max_query_rows: int
+    max_key_rows: int
+    covers_queries: bool
+    covers_keys: bool
+    is_uniform: bool = False
+    _items: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.table.shape[0]
+
+    def q_items(self, tile: int) -> Tensor:
+        """Every query tile that holds a query: int32 `[num_items, 2]` of (sequence, tile in positions), (-1, 0) where unused.
+
+        Late tiles come first: with causality they are the long ones, and a short tail ends a launch sooner.
+        """
+        return self._cached_items(True, tile)
+
+    def kv_items(self, tile: int) -> Tensor:
+        """The same for key tiles, early tiles first."""
+        return self._cached_items(False, tile)
+
+    def _cached_items(self, of_queries: bool, tile: int) -> Tensor:
+        key = (of_queries, tile)
+        if key not in self._items:
+            self._items[key] = self._make_items(of_queries, tile)
+        return self._items[key]
+
+    def _make_items(self, of_queries: bool, tile: int) -> Tensor:
+        table = self.table.long()
+        length, position = (
+            table[:, [Q_LEN, Q_POS] if of_queries else [KV_LEN, KV_POS]].unbind(1)
+        )
+        first = position // tile
+        count = torch.where(length > 0, (position + length - 1) // tile + 1 - first, 0)
+        rows = self.max_query_rows if of_queries else self.max_key_rows
+        # A sequence of n tokens touches at most (n - 1) // tile + 2 tiles, one fewer where it starts on a tile's edge.
+        slots = rows // tile + 2 * self.num_sequences
+        last = torch.cumsum(count, 0)
+        slot = torch.arange(slots, device=table.device)
+        sequence = torch.searchsorted(last, slot, right=True)
+        used = sequence < self.num_sequences
+        sequence = sequence.clamp(max=self.num_sequences - 1)
+        number = first[sequence] + slot - (last - count)[sequence]
+        items = torch.stack(
+            (torch.where(used, sequence, -1), torch.where(used, number, 0)), 1
+        ).to(torch.int32)
+        if of_queries:
+            items = items[torch.argsort(items[:, 1], descending=True, stable=True)]
+        return items.contiguous()
+
+    @staticmethod
+    def uniform(
+        batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
+    ) -> Sequences:
+        """Every batch row is one sequence; its first query has position `query_start`."""
+        return _uniform(batch, query_len, kv_len, query_start, device)
+
+    @staticmethod
+    def from_key_padding(key_padding_mask: Tensor, query_len: int, query_start: int) -> Sequences:
+        """One sequence per batch row: from the first to the last key that may be read. No host synchronisation.
+
+        Args:
+            key_padding_mask: bool `[batch, kv_len]`, True where a key may be read.
+            query_len: query rows of the tensor.
+            query_start: the key row the first query row stands at. Query rows that stand at padding are padding.
+        """
+        batch, kv_len = key_padding_mask.shape
+        place = torch.arange(kv_len, device=key_padding_mask.device)
+        first = torch.where(key_padding_mask, place, kv_len).amin(1)
+        end = torch.where(key_padding_mask, place + 1, 0).amax(1)
+        length = (end - first).clamp(min=0)
+        first = torch.where(length > 0, first, 0)
+        q_row = (first - query_start).clamp(0, query_len)
+        q_end = (end - query_start).clamp(0, query_len)
+        table = torch.stack(
+            (
+                torch.arange(batch, device=place.device),
+                q_row,
+                (q_end - q_row).clamp(min=0),
+                query_start + q_row - first,
+                first,
+                length,
+                torch.zeros_like(first),
+            ),
+            1,
+        ).to(torch.int32)
+        return Sequences(
+            table,
+            query_end=query_start + query_len,
+            key_end=kv_len,
+            max_query_rows=batch * query_len,
+            max_key_rows=batch * kv_len,
+            covers_queries=False,
+            covers_keys=False,
+        )
+
+    @staticmethod
+    def from_document_ids(document_ids: Tensor) -> Sequences:
+        """One sequence per run of equal ids.
+
+        Args:
+            document_ids: integers `[batch, length]`, equal within a document, negative for padding.
+        """
+        batch, length = document_ids.shape
+        ids = document_ids.long()
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        row, start = starts.nonzero().unbind(1)
+        end = torch.full_like(start, length)
+        same_row = row[1:] == row[:-1]
+        end[:-1] = torch.where(same_row, start[1:], length)
+        document = ids[row, start]
+        kept = document >= 0
+        named = torch.stack((row, document), 1)[kept]
+        if torch.unique(named, dim=0).shape[0] != named.shape[0]:
+            raise ValueError(
+                "document_ids got an id in two places of one batch row; a document must be one run of tokens; "
+                "number the runs apart."
+            )
+        run_length = torch.where(kept, end - start, 0)
+        zeros = torch.zeros_like(start)
+        table = torch.stack((row, start, run_length, zeros, start, run_length, zeros), 1)
+        covers = bool(kept.all())
+        return Sequences(
+            table.to(torch.int32),
+            query_end=length,
+            key_end=length,
+            max_query_rows=batch * length,
+            max_key_rows=batch * length,
+            covers_queries=covers,
+            covers_keys=covers,
+        )
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Sequences:
+        """Documents packed in one batch row of `length` tokens: `cu_seqlens` holds their starts and the last one's end."""
+        cu_seqlens = cu_seqlens.long()
+        start, count = cu_seqlens[:-1], cu_seqlens.diff()
+        zeros = torch.zeros_like(start)
+        table = torch.stack((zeros, start, count, zeros, start, count, zeros), 1)
+        return Sequences(
+            table.to(torch.int32),
+            query_end=length,
+            key_end=length,
+            max_query_rows=length,
+            max_key_rows=length,
+            covers_queries=False,
+            covers_keys=False,
+        )
+
+
+@lru_cache(maxsize=64)
+def _uniform(
+    batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
+) -> Sequences:
+    rows = [[b, 0, query_len, query_start, 0, kv_len, 0] for b in range(batch)]
+    return Sequences(
+        torch.tensor(rows, dtype=torch.int32, device=device).view(batch, 7),
+        query_end=query_start + query_len,
+        key_end=kv_len,
+        max_query_rows=batch * query_len,
+        max_key_rows=batch * kv_len,
+        covers_queries=True,
+        covers_keys=True,
+        is_uniform=True,
+    )
