@@ -319,8 +319,11 @@ def block_sparse_attention(
     where, holes = _resolve_sequences(
         query, kv_len, query_start, key_padding_mask, document_ids, sequences
     )
+    mask_owner = attn_mask
     if holes is not None:
-        mask = holes.expand(-1, -1, query.shape[2], -1) if mask is None else mask & holes
+        holes = holes.expand(-1, -1, query.shape[2], -1)
+        # Two masks make a new tensor, which no later call can name: its index is not kept.
+        mask, mask_owner = (holes, key_padding_mask) if mask is None else (mask & holes, None)
     resolved.check(heads, where.query_end, where.key_end)
     chosen = _choose(impl, query, key, value)
 
@@ -335,7 +338,9 @@ def block_sparse_attention(
         index = get_index(resolved, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
             _check_rows(index, where, resolved, is_causal)
-        return index if mask is None else get_index(resolved, where, attn_mask=mask, **options)
+        return index if mask is None else get_index(
+            resolved, where, attn_mask=mask, mask_owner=mask_owner, **options
+        )
 
     seed = None
     if dropout_p:

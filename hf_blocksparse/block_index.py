@@ -27,6 +27,7 @@ from hf_blocksparse.sequences import BATCH, KV_LEN, KV_POS, KV_ROW, Q_LEN, Q_POS
 
 CACHED_INDICES = 128
 CACHED_BYTES = 2 << 30
+CACHED_INDICES_PER_MASK = 16
 # Coefficients evaluated at a time while the bank is filled.
 CHUNK = 1 << 24
 
@@ -411,6 +412,7 @@ def get_index(
     *,
     is_causal: bool,
     attn_mask: Tensor | None,
+    mask_owner: Tensor | None = None,
     num_heads: int,
     tile_q: int,
     tile_kv: int,
@@ -419,15 +421,19 @@ def get_index(
     """The index for a call, from the cache where it is known.
 
     The key holds everything the index depends on: layout, causality, heads, tile shape, lengths in tiles, device. A caller's mask is
-    keyed by identity and version, so it must not be changed in ways torch does not count (through `.data` or numpy).
+    keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways torch
+    does not count (through `.data` or numpy).
     """
     options = dict(
         is_causal=is_causal, num_heads=num_heads, tile_q=tile_q, tile_kv=tile_kv, device=device
     )
     if attn_mask is not None:
-        indices = _cache_of_mask.setdefault(attn_mask, {})
-        key = (attn_mask._version, layout, *options.values(), sequences)
+        owner = attn_mask if mask_owner is None else mask_owner
+        indices = _cache_of_mask.setdefault(owner, {})
+        key = (owner._version, layout, *options.values(), sequences)
         if key not in indices:
+            if len(indices) >= CACHED_INDICES_PER_MASK:
+                indices.clear()
             indices[key] = build_index_per_sequence(layout, sequences, attn_mask, **options)
         return indices[key]
     if layout.depends_on_length(is_causal) and not sequences.is_uniform:

@@ -81,7 +81,13 @@ class Layout:
         """Tokens per side of the blocks the layout is made of; 1 where it is token-exact."""
         return 1
 
+    @property
+    def fixed_heads(self) -> int | None:
+        """The number of query heads the layout is made for, None where any will do."""
+        return None
+
     def rule(self, context: RuleContext) -> Rule:
+        """The predicate the layout means for one call, without causality."""
         raise NotImplementedError
 
     def for_head(self, head: int) -> Layout:
@@ -365,6 +371,10 @@ class _TableLayout(Layout):
         shape = (kept.shape[0], kept.shape[1], kept.shape[2])
         return shape, zlib.compress(packed.numpy().tobytes(), 6)
 
+    @property
+    def fixed_heads(self) -> int | None:
+        return self.shape[0] if self.shape[0] > 1 else None
+
     def rule(self, context: RuleContext) -> Rule:
         return Table(self.table(context.device), self.grain)
 
@@ -462,6 +472,10 @@ class _Composite(Layout):
     def grain(self) -> int:
         return min((layout.grain for layout in self.layouts if layout.grain > 1), default=1)
 
+    @property
+    def fixed_heads(self) -> int | None:
+        return next((n for n in (part.fixed_heads for part in self.layouts) if n), None)
+
     def _map(self, change) -> Layout:
         return dataclasses.replace(self, layouts=tuple(change(layout) for layout in self.layouts))
 
@@ -513,6 +527,10 @@ class PerHead(_Composite):
     """One layout per query head, in order."""
 
     kind: ClassVar[str] = "per_head"
+
+    @property
+    def fixed_heads(self) -> int | None:
+        return len(self.layouts)
 
     def for_head(self, head: int) -> Layout:
         return self.layouts[head].for_head(head)

@@ -113,8 +113,16 @@ class Rule(ABC):
         """`(some, every)`: False in `some` means surely empty, True in `every` means surely full."""
 
     @abstractmethod
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
+        """Integers per tile; where all are equal, so is the content. Only those of partial tiles matter."""
+
     def keys(self, tiles: Tiles) -> list[Tensor]:
         """Integers per tile; where all are equal, so is the content."""
+        some, every = self.bounds(tiles)
+        partial = some & ~every
+        # Wherever a tile is surely full or empty, its place does not matter.
+        keys = [torch.where(partial, key, 0) for key in self._partial_keys(tiles)]
+        return [some.long() + every.long(), *keys]
 
     def __and__(self, other: Rule) -> Rule:
         return All((self, other))
@@ -163,11 +171,9 @@ class Band(IntervalRule):
         every = (smallest >= self.low) & (largest <= self.high)
         return some, every
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
         # Content depends on the difference of the units the tile starts in and on where in the unit it starts.
-        span = max(tiles.grid.tile_q, tiles.grid.tile_kv) // self.unit + 2
-        difference = tiles.row_start // self.unit - tiles.col_start // self.unit
-        keys = [difference.clamp(self.low - span, self.high + span)]
+        keys = [tiles.row_start // self.unit - tiles.col_start // self.unit]
         if tiles.grid.tile_q % self.unit:
             keys.append(tiles.row_start % self.unit)
         if tiles.grid.tile_kv % self.unit:
@@ -194,8 +200,8 @@ class Columns(IntervalRule):
         every = (tiles.col_start >= self.start) & (tiles.col_last < self.stop)
         return some, every
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
-        return [tiles.col_start.clamp(self.start - tiles.grid.tile_kv, self.stop)]
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
+        return [tiles.col_start]
 
 
 @dataclass(frozen=True)
@@ -218,8 +224,8 @@ class Rows(IntervalRule):
         every = (tiles.row_start >= self.start) & (tiles.row_last < self.stop)
         return some, every
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
-        return [tiles.row_start.clamp(self.start - tiles.grid.tile_q, self.stop)]
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
+        return [tiles.row_start]
 
 
 def _blocks_per_tile(tile: int, block_size: int) -> int:
@@ -286,7 +292,7 @@ class Table(Rule):
         place = (self._head(tiles.head), tiles.q, tiles.kv)
         return some[place], every[place]
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
         if self.block_size == 1:
             return [tiles.grid.arange(tiles.q.numel())]
         return _block_pattern_keys(self, tiles, self.block_size)
@@ -396,7 +402,7 @@ class RandomBlocks(Rule):
         )
         return matches > 0, matches == blocks
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
         return _block_pattern_keys(self, tiles, self.block_size)
 
 
@@ -420,7 +426,7 @@ class _Combination(Rule):
         self.rules = tuple(flat)
         self.varies_by_head = any(rule.varies_by_head for rule in self.rules)
 
-    def keys(self, tiles: Tiles) -> list[Tensor]:
+    def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
         return [key for rule in self.rules for key in rule.keys(tiles)]
 
 

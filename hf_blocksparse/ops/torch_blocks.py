@@ -57,11 +57,12 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
     bits = index.bank_bits()
     table = sequences.table.tolist()
     everyone = slice(None)
+    whole_batch = sequences.is_uniform and index.list_of.shape[0] == 1
     for number, line in enumerate(table):
         batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = line
-        if sequences.is_uniform and number > 0:
+        if whole_batch and number > 0:
             return  # the first step of each tile served the whole batch
-        batch_slice = everyone if sequences.is_uniform else slice(batch, batch + 1)
+        batch_slice = everyone if whole_batch else slice(batch, batch + 1)
         lists = list_of[number]
         shared = len(set(lists)) == 1
         for tile in range(q_pos // index.tile_q, -(-(q_pos + q_len) // index.tile_q)):

@@ -1,0 +1,59 @@
+"""Block-sparse attention for pretrained Hugging Face models.
+
+    import hf_blocksparse as bs
+
+    bs.patch_model(model, bs.SinkWindow(sink=64, window=4096))
+
+Importing this package loads neither Triton nor transformers and asks for no GPU; a model saved with a layout is sparse again when
+transformers loads it after this import.
+"""
+
+from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.layouts import (
+    BigBird,
+    BlockDiagonal,
+    Dense,
+    Intersection,
+    Layout,
+    Longformer,
+    MaskLayout,
+    PerHead,
+    PerLayer,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    Union,
+    layout_from_dict,
+    layout_from_name,
+    layout_to_mask,
+    mask_to_layout,
+)
+from hf_blocksparse.modules import BlockSparseAttention, MultiHeadDispatch
+from hf_blocksparse.sequences import Sequences
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BigBird",
+    "BlockDiagonal",
+    "BlockSparseAttention",
+    "Dense",
+    "Intersection",
+    "Layout",
+    "Longformer",
+    "MaskLayout",
+    "MultiHeadDispatch",
+    "PerHead",
+    "PerLayer",
+    "Sequences",
+    "SinkWindow",
+    "SlidingWindow",
+    "TensorLayout",
+    "Union",
+    "block_sparse_attention",
+    "layout_from_dict",
+    "layout_from_name",
+    "layout_to_mask",
+    "mask_to_layout",
+]
+

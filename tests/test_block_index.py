@@ -1,0 +1,251 @@
+"""The block index covers exactly what the layout keeps, in both directions, and costs what is kept."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_blocksparse import block_index
+from hf_blocksparse.block_index import build_index, build_index_per_sequence, get_index
+from hf_blocksparse.layouts import (
+    BigBird,
+    BlockDiagonal,
+    Dense,
+    Intersection,
+    Longformer,
+    MaskLayout,
+    PerHead,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    Union,
+)
+from hf_blocksparse.sequences import Sequences
+
+CPU = torch.device("cpu")
+NUM_HEADS = 3
+LONGEST = 300
+
+
+def random_tensor(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+
+
+simple_layouts = st.one_of(
+    st.just(Dense()),
+    st.builds(SlidingWindow, st.integers(1, 2 * LONGEST)),
+    st.builds(SinkWindow, st.integers(1, 70), st.integers(1, 150)),
+    st.builds(Longformer, st.integers(2, 150), st.integers(0, 80)),
+    st.builds(BlockDiagonal, st.integers(1, 200)),
+    st.builds(
+        BigBird,
+        st.sampled_from((16, 32, 64, 128)),
+        st.integers(1, 5),
+        st.integers(0, 3),
+        st.integers(0, 4),
+        st.integers(0, 9),
+    ),
+    st.builds(
+        lambda seed, heads, size: TensorLayout.from_tensor(
+            random_tensor(seed, heads, LONGEST // size + 1, LONGEST // size + 1), size
+        ),
+        st.integers(0, 9),
+        st.sampled_from((1, NUM_HEADS)),
+        st.sampled_from((16, 32, 64, 128)),
+    ),
+    st.builds(
+        lambda seed: MaskLayout.from_tensor(random_tensor(seed, LONGEST, LONGEST)),
+        st.integers(0, 9),
+    ),
+)
+pairs = st.tuples(simple_layouts, simple_layouts)
+layouts = st.one_of(
+    simple_layouts,
+    pairs.map(Union),
+    pairs.map(Intersection),
+    st.tuples(simple_layouts, simple_layouts, simple_layouts).map(PerHead),
+)
+tiles = st.sampled_from(((16, 16), (64, 64), (128, 128), (128, 64), (32, 128), (16, 128)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts, st.booleans(), tiles, st.integers(1, LONGEST), st.integers(1, LONGEST))
+def test_both_directions_cover_exactly_the_dense_mask(layout, is_causal, tile, query_end, key_end):
+    # The rule is resolved for the longer side, as in a call.
+    expected = layout.to_mask(
+        query_end, key_end, is_causal=is_causal, num_heads=NUM_HEADS, query_start=0
+    )
+    index = build_index(
+        layout,
+        is_causal=is_causal,
+        num_heads=NUM_HEADS,
+        query_end=query_end,
+        key_end=key_end,
+        tile_q=tile[0],
+        tile_kv=tile[1],
+        device=CPU,
+    )
+    lists = index.list_of[0].long().expand(NUM_HEADS)
+    assert torch.equal(index.to_dense(query_end, key_end)[lists], expected)
+    assert torch.equal(index.transpose_to_dense(query_end, key_end)[lists], expected)
+    empty = (~expected.any(-1)).any(0).nonzero().squeeze(1)
+    assert torch.equal(index.empty_rows, empty)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts, st.booleans(), tiles, st.integers(0, 9))
+def test_lists_are_sorted_and_full_tiles_first(layout, is_causal, tile, seed):
+    index = build_index(
+        layout,
+        is_causal=is_causal,
+        num_heads=NUM_HEADS,
+        query_end=LONGEST,
+        key_end=LONGEST,
+        tile_q=tile[0],
+        tile_kv=tile[1],
+        device=CPU,
+    )
+    for offsets, num_full, indices, mask_ids in (
+        (index.kv_offsets, index.kv_num_full, index.kv_indices, index.kv_mask_ids),
+        (index.q_offsets, index.q_num_full, index.q_indices, index.q_mask_ids),
+    ):
+        for line, full_line in zip(offsets.tolist(), num_full.tolist(), strict=True):
+            for start, end, full in zip(line[:-1], line[1:], full_line, strict=True):
+                split = start + full
+                assert (mask_ids[start:split] == -1).all() and (mask_ids[split:end] >= 0).all()
+                for part in (indices[start:split], indices[split:end]):
+                    assert (part.diff() > 0).all()
+    bits = index.bank_bits().flatten(1)
+    assert bits.any(1).all() and not bits.all(1).any()
+
+
+def build(layout, length, tile=128, is_causal=True, num_heads=1):
+    return build_index(
+        layout,
+        is_causal=is_causal,
+        num_heads=num_heads,
+        query_end=length,
+        key_end=length,
+        tile_q=tile,
+        tile_kv=tile,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "masks"),
+    [(Dense(), 1), (SlidingWindow(1000), 3), (SinkWindow(64, 1000), 6), (BigBird(128), 1)],
+    ids=repr,
+)
+def test_equal_masks_are_stored_once_at_any_length(layout, masks):
+    assert build(layout, 4096).bank.shape[0] <= masks
+    assert build(layout, 4096).bank.shape == build(layout, 16384).bank.shape
+
+
+def test_memory_is_linear_in_kept_tiles():
+    short, long = build(SinkWindow(64, 1024), 1 << 14), build(SinkWindow(64, 1024), 1 << 17)
+    assert long.num_tiles == pytest.approx(8 * short.num_tiles, rel=0.05)
+    assert long.bank.shape == short.bank.shape
+    fixed = 4 * short.bank.numel()
+    assert long.num_bytes - fixed == pytest.approx(8 * (short.num_bytes - fixed), rel=0.05)
+
+
+def test_bigbird_at_a_million_tokens_builds_in_seconds():
+    start = time.perf_counter()
+    index = build(BigBird(128), 1 << 20, num_heads=16)
+    assert time.perf_counter() - start < 30
+    assert index.num_lists == 16
+    assert index.num_tiles < 16 * 8192 * 8
+    assert index.num_bytes < 32 * 2**20
+
+
+def test_a_mask_costs_only_its_partial_tiles():
+    mask = torch.zeros(1024, 1024, dtype=torch.bool)
+    mask[:128] = True
+    mask[500, 700] = True
+    index = build(MaskLayout.from_tensor(mask), 1024, is_causal=False)
+    assert index.num_tiles == 9 and index.bank.shape[0] == 1
+
+
+def test_heads_of_equal_layouts_share_a_list():
+    layout = PerHead((Dense(), SlidingWindow(9), Dense(), SlidingWindow(9)))
+    index = build(layout, 512, num_heads=4)
+    assert index.num_lists == 2
+    assert index.list_of.tolist() == [[0, 1, 0, 1]]
+
+
+def get(layout, sequences, **changes):
+    options = dict(
+        is_causal=True,
+        attn_mask=None,
+        num_heads=2,
+        tile_q=64,
+        tile_kv=64,
+        device=CPU,
+    )
+    return get_index(layout, sequences, **(options | changes))
+
+
+def test_cache_hits_equal_calls_and_no_others():
+    block_index.clear_cache()
+    uniform = Sequences.uniform(2, 256, 256, 0, CPU)
+    first = get(SlidingWindow(9), uniform)
+    assert get(SlidingWindow(9), uniform) is first
+    # Decoding: one index serves the following lengths.
+    assert get(SlidingWindow(9), Sequences.uniform(1, 1, 250, 249, CPU)) is first
+    assert get(SlidingWindow(10), uniform) is not first
+    assert get(SlidingWindow(9), uniform, is_causal=False) is not first
+    assert get(SlidingWindow(9), uniform, tile_q=128) is not first
+    assert get(SlidingWindow(9), uniform, num_heads=4) is not first
+    assert get(SlidingWindow(9), Sequences.uniform(1, 1000, 1000, 0, CPU)) is not first
+
+
+def test_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(block_index, "CACHED_INDICES", 3)
+    block_index.clear_cache()
+    uniform = Sequences.uniform(1, 64, 64, 0, CPU)
+    kept = [get(SlidingWindow(window), uniform) for window in range(1, 7)]
+    assert len(block_index._cache.entries) == 3
+    assert get(SlidingWindow(6), uniform) is kept[-1]
+    assert block_index._cache.num_bytes == sum(
+        index.num_bytes for index in block_index._cache.entries.values()
+    )
+
+
+def test_a_mask_is_known_by_identity_and_version():
+    uniform = Sequences.uniform(1, 64, 64, 0, CPU)
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    first = get(Dense(), uniform, attn_mask=mask)
+    assert get(Dense(), uniform, attn_mask=mask) is first
+    mask[0, 0, 5, 3] = False
+    changed = get(Dense(), uniform, attn_mask=mask)
+    assert not changed.to_dense(64, 64)[0, 5, 3]
+    assert first.to_dense(64, 64)[0, 5, 3]
+
+
+def test_lists_per_sequence_where_the_layout_depends_on_the_length():
+    layout = BigBird(16)
+    ids = torch.tensor([[0] * 100 + [1] * 60 + [2] * 100 + [-1] * 40])
+    sequences = Sequences.from_document_ids(ids)
+    index = build_index_per_sequence(
+        layout,
+        sequences,
+        None,
+        is_causal=False,
+        num_heads=2,
+        tile_q=64,
+        tile_kv=64,
+        device=CPU,
+    )
+    lists = index.list_of.tolist()
+    assert lists[0] == lists[2] and lists[0] != lists[1]  # equal lengths share
+    for number, length in ((0, 100), (1, 60)):
+        expected = layout.to_mask(length, num_heads=2)
+        assert torch.equal(index.to_dense(length, length)[lists[number]], expected)
+
+
+def test_repr_tells_size():
+    text = repr(build(SlidingWindow(100), 1024))
+    assert text.startswith("BlockIndex(tile=128x128, lists=1, grid=8x8, tiles=15 (15 partial)")
