@@ -338,8 +338,10 @@ def block_sparse_attention(
         index = get_index(resolved, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
             _check_rows(index, where, resolved, is_causal)
-        return index if mask is None else get_index(
-            resolved, where, attn_mask=mask, mask_owner=mask_owner, **options
+        return (
+            index
+            if mask is None
+            else get_index(resolved, where, attn_mask=mask, mask_owner=mask_owner, **options)
         )
 
     seed = None

@@ -99,7 +99,9 @@ class BlockIndex:
         )
         return dense[:, :query_len, :kv_len]
 
-    def _entries_to_dense(self, offsets, indices, mask_ids, num_full, *, transposed: bool) -> Tensor:
+    def _entries_to_dense(
+        self, offsets, indices, mask_ids, num_full, *, transposed: bool
+    ) -> Tensor:
         rows, cols = self.num_q_tiles * self.tile_q, self.num_kv_tiles * self.tile_kv
         dense = torch.zeros(self.num_lists, rows, cols, dtype=torch.bool)
         bits = self.bank_bits().cpu()
@@ -241,9 +243,7 @@ def _pack_bits(masks: Tensor) -> Tensor:
     return packed
 
 
-def _empty_rows(
-    number, q, kv, mask_ids, bank, num_lists, num_q, query_end, key_end
-) -> Tensor:
+def _empty_rows(number, q, kv, mask_ids, bank, num_lists, num_q, query_end, key_end) -> Tensor:
     """Positions before `query_end` that some list leaves without a key before `key_end`."""
     tile_q, tile_kv = bank.shape[1:]
     line = number * num_q + q
@@ -438,9 +438,7 @@ def get_index(
         return indices[key]
     if layout.depends_on_length(is_causal) and not sequences.is_uniform:
         key = (layout, *options.values(), sequences)
-        return _cache.get(
-            key, lambda: build_index_per_sequence(layout, sequences, None, **options)
-        )
+        return _cache.get(key, lambda: build_index_per_sequence(layout, sequences, None, **options))
     query_end, key_end = sequences.query_end, sequences.key_end
     if is_causal and query_end <= key_end:
         # With causality a row's list does not change with the length, so one index serves the lengths below its own.

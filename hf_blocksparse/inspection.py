@@ -97,8 +97,7 @@ def picture(
     """The layout as text: rows are queries, columns are keys, darker cells keep more."""
     fractions = kept_fractions(layout, length, is_causal=is_causal, head=head, max_cells=width // 2)
     lines = [
-        "".join(SHADES[_shade(value)] * 2 for value in line).rstrip()
-        for line in fractions.tolist()
+        "".join(SHADES[_shade(value)] * 2 for value in line).rstrip() for line in fractions.tolist()
     ]
     return "\n".join((describe(layout, length, is_causal=is_causal, head=head), *lines))
 
@@ -123,7 +122,9 @@ def _shade(fraction: float) -> int:
 
 def _index(layout: Layout, length: int, is_causal: bool, num_heads: int, tile: int) -> BlockIndex:
     if length < 1:
-        raise ValueError(f"length got {length}; it must be at least 1; give the tokens of a sequence.")
+        raise ValueError(
+            f"length got {length}; it must be at least 1; give the tokens of a sequence."
+        )
     layout.check(num_heads, length, length)
     return build_index(
         layout,

@@ -153,7 +153,9 @@ class Layout:
 
         return inspect_layout(self, length, is_causal=is_causal, num_heads=num_heads).density
 
-    def picture(self, length: int, *, is_causal: bool = False, head: int = 0, width: int = 48) -> str:
+    def picture(
+        self, length: int, *, is_causal: bool = False, head: int = 0, width: int = 48
+    ) -> str:
         """A picture for the terminal, `width` characters wide, with a line that says what it shows and the density."""
         from hf_blocksparse.inspection import picture
 

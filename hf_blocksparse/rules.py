@@ -62,7 +62,9 @@ class TileGrid:
         heads = torch.tensor(self.heads, dtype=torch.int64, device=self.device)
         row_codes = codes // self.num_kv_tiles
         slot = row_codes // self.num_q_tiles
-        return Tiles(self, slot, heads[slot], row_codes % self.num_q_tiles, codes % self.num_kv_tiles)
+        return Tiles(
+            self, slot, heads[slot], row_codes % self.num_q_tiles, codes % self.num_kv_tiles
+        )
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,9 @@ class RandomBlocks(Rule):
         picks: list[Tensor] = []
         for draw in range(count):
             remaining = (num_free - draw).clamp(min=0)
-            place = _hash(seed, layer, head, row, draw) % remaining.clamp(min=1)  # [heads, num_blocks]
+            place = _hash(seed, layer, head, row, draw) % remaining.clamp(
+                min=1
+            )  # [heads, num_blocks]
             # The place counts only what is left: step over the earlier picks in ascending order.
             for earlier in torch.stack(picks).sort(0).values if picks else ():
                 place = place + (place >= earlier)

@@ -60,9 +60,7 @@ class Sequences:
 
     def _make_items(self, of_queries: bool, tile: int) -> Tensor:
         table = self.table.long()
-        length, position = (
-            table[:, [Q_LEN, Q_POS] if of_queries else [KV_LEN, KV_POS]].unbind(1)
-        )
+        length, position = table[:, [Q_LEN, Q_POS] if of_queries else [KV_LEN, KV_POS]].unbind(1)
         first = position // tile
         count = torch.where(length > 0, (position + length - 1) // tile + 1 - first, 0)
         rows = self.max_query_rows if of_queries else self.max_key_rows
@@ -74,9 +72,9 @@ class Sequences:
         used = sequence < self.num_sequences
         sequence = sequence.clamp(max=self.num_sequences - 1)
         number = first[sequence] + slot - (last - count)[sequence]
-        items = torch.stack(
-            (torch.where(used, sequence, -1), torch.where(used, number, 0)), 1
-        ).to(torch.int32)
+        items = torch.stack((torch.where(used, sequence, -1), torch.where(used, number, 0)), 1).to(
+            torch.int32
+        )
         if of_queries:
             items = items[torch.argsort(items[:, 1], descending=True, stable=True)]
         return items.contiguous()

@@ -119,7 +119,9 @@ def test_random_columns_are_spread_evenly():
     assert counts.min() > 64 * 0.6 and counts.max() < 64 * 1.4
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32]
+)
 def test_tensor_layout_takes_any_dtype(dtype):
     blocks = torch.tril(torch.ones(2, 5, 5))
     blocks[0, 3, 0] = 0

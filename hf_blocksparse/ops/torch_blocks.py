@@ -91,9 +91,7 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                     else:
                         origin = kv_tile * index.tile_kv
                         part = bits[mask_id, :, left - origin : right - origin]
-                        masks.append(
-                            part[first - tile * index.tile_q : end - tile * index.tile_q]
-                        )
+                        masks.append(part[first - tile * index.tile_q : end - tile * index.tile_q])
                 if not columns:
                     continue
                 yield _Step(
@@ -145,9 +143,7 @@ class _StepTensors:
         return part.unflatten(2, (self.group_here, -1)).flatten(1, 2)
 
     def columns_of(self, tensor: Tensor) -> Tensor:
-        parts = [
-            tensor[self.step.batch, self.kv_heads, columns] for columns in self.step.columns
-        ]
+        parts = [tensor[self.step.batch, self.kv_heads, columns] for columns in self.step.columns]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def add_columns(self, total: Tensor, part: Tensor) -> None:
@@ -216,9 +212,7 @@ class _Attention(torch.autograd.Function):
         group = heads // key.shape[1]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = query.new_zeros(batch, heads, query_len, value.shape[-1])
-        lse = torch.full(
-            (batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device
-        )
+        lse = torch.full((batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device)
         if sinks is not None:
             lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
         tile = _tile(problem.block_size)

@@ -1,0 +1,400 @@
+"""`block_sparse_attention` in torch operations equals dense attention with the layout as a mask, in every use it offers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_blocksparse import (
+    BigBird,
+    BlockDiagonal,
+    Dense,
+    Longformer,
+    PerHead,
+    PerLayer,
+    Sequences,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    block_sparse_attention,
+    layout_to_mask,
+)
+from hf_blocksparse.ops.philox import dropout_keep, philox
+
+BATCH, HEADS, KV_HEADS = 2, 4, 2
+BLOCKS = torch.rand(HEADS, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.5
+LAYOUTS = [
+    Dense(),
+    SinkWindow(5, 30),
+    BigBird(16),
+    TensorLayout.from_tensor(BLOCKS, 16) | SlidingWindow(1),
+    PerHead((Dense(), SlidingWindow(9), BigBird(32), Longformer(8))),
+]
+
+
+def make_inputs(query_len=100, kv_len=None, head_dim=24, value_dim=16, dtype=torch.float64):
+    kv_len = query_len if kv_len is None else kv_len
+    shapes = (
+        (BATCH, HEADS, query_len, head_dim),
+        (BATCH, KV_HEADS, kv_len, head_dim),
+        (BATCH, KV_HEADS, kv_len, value_dim),
+    )
+    generator = torch.Generator().manual_seed(query_len + kv_len)
+    return tuple(
+        torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True) for shape in shapes
+    )
+
+
+def dense_attention(query, key, value, mask, *, scale=None, softcap=None, sinks=None, factor=None):
+    """Plain attention with an explicit mask `[batch, heads, query_len, kv_len]`."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
+    if sinks is not None:
+        weights = weights[..., :-1]
+    if factor is not None:
+        weights = weights * factor
+    return weights @ value, lse
+
+
+def assert_same(inputs, ours, expected):
+    """Outputs, LSE and the gradients of a loss that uses both."""
+    (out, lse), (dense_out, dense_lse) = ours, expected
+    torch.testing.assert_close(out, dense_out)
+    torch.testing.assert_close(lse, dense_lse)
+    weight, lse_weight = torch.randn_like(out), torch.randn_like(lse)
+    grads = [
+        torch.autograd.grad(
+            (a * weight).sum() + (torch.where(b.isinf(), 0, b) * lse_weight).sum(), inputs
+        )
+        for a, b in ((out, lse), (dense_out, dense_lse))
+    ]
+    for ours_grad, dense_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_grad, dense_grad)
+
+
+def layout_mask(layout, query_len, kv_len, is_causal) -> Tensor:
+    mask = layout.to_mask(query_len, kv_len, is_causal=is_causal, num_heads=HEADS)
+    return mask.expand(BATCH, HEADS, query_len, kv_len)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(100, 100), (1, 1), (1, 130), (37, 150)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+def test_equals_dense_attention(layout, lengths, is_causal):
+    inputs = make_inputs(*lengths)
+    options = dict(scale=0.3, softcap=2.0)
+    ours = block_sparse_attention(*inputs, layout, is_causal=is_causal, return_lse=True, **options)
+    mask = layout_mask(layout, *lengths, is_causal)
+    assert_same(inputs, ours, dense_attention(*inputs, mask, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+def test_attn_mask_on_top_of_the_layout(layout):
+    inputs = make_inputs()
+    for shape in ((100, 100), (BATCH, 1, 100, 100), (1, HEADS, 1, 100), (BATCH, HEADS, 100, 100)):
+        attn_mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+        ours = block_sparse_attention(
+            *inputs, layout, is_causal=True, attn_mask=attn_mask, return_lse=True
+        )
+        mask = layout_mask(layout, 100, 100, True) & attn_mask
+        assert_same(inputs, ours, dense_attention(*inputs, mask))
+
+
+def positions_mask(layout, runs, length, is_causal) -> Tensor:
+    """The layout in the positions of each run `(batch, start, end)`."""
+    mask = torch.zeros(BATCH, HEADS, length, length, dtype=torch.bool)
+    for batch, start, end in runs:
+        part = layout.to_mask(end - start, is_causal=is_causal, num_heads=HEADS)
+        mask[batch, :, start:end, start:end] = part
+    return mask
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+def test_padding_on_both_sides(layout, is_causal):
+    inputs = make_inputs()
+    padding = torch.ones(BATCH, 100, dtype=torch.bool)
+    padding[0, :30] = False
+    padding[1, 77:] = False
+    ours = block_sparse_attention(
+        *inputs, layout, is_causal=is_causal, key_padding_mask=padding, return_lse=True
+    )
+    mask = positions_mask(layout, [(0, 30, 100), (1, 0, 77)], 100, is_causal)
+    assert_same(inputs, ours, dense_attention(*inputs, mask))
+    assert (ours[0][0, :, :30] == 0).all() and ours[1][0, :, :30].isneginf().all()
+
+
+def test_padding_with_holes_is_exact():
+    inputs = make_inputs()
+    padding = torch.ones(BATCH, 100, dtype=torch.bool)
+    padding[0, 40:43] = False
+    ours = block_sparse_attention(
+        *inputs, SinkWindow(5, 30), is_causal=True, key_padding_mask=padding, return_lse=True
+    )
+    mask = layout_mask(SinkWindow(5, 30), 100, 100, True) & padding[:, None, None]
+    assert_same(inputs, ours, dense_attention(*inputs, mask))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+def test_packed_documents_never_see_each_other(layout, is_causal):
+    inputs = make_inputs()
+    ids = torch.zeros(BATCH, 100, dtype=torch.int64)
+    ids[0, 33:] = 1
+    ids[1, :10] = -1
+    ids[1, 50:60] = 7
+    ids[1, 60:] = 3
+    runs = [(0, 0, 33), (0, 33, 100), (1, 10, 50), (1, 50, 60), (1, 60, 100)]
+    ours = block_sparse_attention(
+        *inputs, layout, is_causal=is_causal, document_ids=ids, return_lse=True
+    )
+    mask = positions_mask(layout, runs, 100, is_causal)
+    assert_same(inputs, ours, dense_attention(*inputs, mask))
+
+
+def test_cu_seqlens_are_documents():
+    query, key, value = (tensor[:1] for tensor in make_inputs())
+    starts = torch.tensor([0, 20, 21, 100])
+    sequences = Sequences.from_cu_seqlens(starts, 100)
+    ids = torch.repeat_interleave(torch.arange(3), starts.diff())[None]
+    layout = SinkWindow(3, 8)
+    assert torch.equal(
+        block_sparse_attention(query, key, value, layout, is_causal=True, sequences=sequences),
+        block_sparse_attention(query, key, value, layout, is_causal=True, document_ids=ids),
+    )
+
+
+def test_keys_dropped_from_a_cache_keep_positions():
+    """A sliding cache holds the last keys only: the sequence's first key has a position of its own."""
+    query, key, value = make_inputs(100)
+    layout = SlidingWindow(20)
+    whole = block_sparse_attention(query, key, value, layout, is_causal=True)
+    table = [[batch, 0, 1, 99, 0, 25, 75] for batch in range(BATCH)]
+    sequences = Sequences(
+        torch.tensor(table, dtype=torch.int32),
+        query_end=100,
+        key_end=100,
+        max_query_rows=BATCH,
+        max_key_rows=25 * BATCH,
+        covers_queries=True,
+        covers_keys=True,
+    )
+    last = block_sparse_attention(
+        query[:, :, -1:],
+        key[:, :, 75:],
+        value[:, :, 75:],
+        layout,
+        is_causal=True,
+        sequences=sequences,
+    )
+    torch.testing.assert_close(last, whole[:, :, -1:])
+
+
+def test_prefill_then_decode_equals_one_prefill():
+    query, key, value = make_inputs(90)
+    for layout in LAYOUTS:
+        whole = block_sparse_attention(query, key, value, layout, is_causal=True)
+        pieces = []
+        for start, end in ((0, 50), (50, 83), (83, 84), (84, 85), (85, 90)):
+            part = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+            pieces.append(block_sparse_attention(*part, layout, is_causal=True))
+        torch.testing.assert_close(torch.cat(pieces, 2), whole)
+
+
+def test_sinks_take_part_in_the_softmax():
+    inputs = make_inputs()
+    sinks = torch.randn(HEADS, dtype=torch.float64, requires_grad=True)
+    mask = layout_mask(SlidingWindow(9), 100, 100, True)
+    ours = block_sparse_attention(
+        *inputs, SlidingWindow(9), is_causal=True, sinks=sinks, return_lse=True
+    )
+    assert_same((*inputs, sinks), ours, dense_attention(*inputs, mask, sinks=sinks))
+
+
+def test_rows_without_keys_give_zero():
+    query, key, value = make_inputs()
+    blocks = torch.eye(7)
+    blocks[2, 2] = 0
+    inputs = (query, key, value)
+    options = dict(block_size=16, allow_empty_rows=True, return_lse=True)
+    out, lse = block_sparse_attention(*inputs, blocks, **options)
+    assert (out[:, :, 32:48] == 0).all() and lse[:, :, 32:48].isneginf().all()
+    grads = torch.autograd.grad(out.sum() + torch.where(lse.isinf(), 0, lse).sum(), inputs)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, :, 32:48] == 0).all() and (grads[1][:, :, 32:48] == 0).all()
+    sinks = torch.randn(HEADS, dtype=torch.float64)
+    out, lse = block_sparse_attention(*inputs, blocks, sinks=sinks, **options)
+    assert (out[:, :, 32:48] == 0).all()
+    assert torch.equal(lse[:, :, 40], sinks.expand(BATCH, HEADS))
+
+
+def test_second_derivatives():
+    query, key, value = (
+        torch.randn(1, heads, 20, 8, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)
+    )
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def attend(query, key, value, sinks):
+        options = dict(is_causal=True, softcap=3.0, sinks=sinks, return_lse=True)
+        return block_sparse_attention(query, key, value, SinkWindow(2, 5), **options)
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, sinks))
+    assert torch.autograd.gradgradcheck(attend, (query, key, value, sinks))
+
+
+def test_perturbing_unlisted_and_future_keys_changes_nothing():
+    query, key, value = make_inputs()
+    layout = SinkWindow(4, 10)
+    before = block_sparse_attention(query, key, value, layout, is_causal=True)
+    with torch.no_grad():
+        key[:, :, 40] += 5
+        value[:, :, 40] -= 5
+    after = block_sparse_attention(query, key, value, layout, is_causal=True)
+    same = (before == after).all(-1).all(0).all(0)
+    assert same[:40].all() and same[50:].all() and not same[40:50].any()
+
+
+def test_half_precision_errs_no_more_than_sdpa():
+    query, key, value = (tensor.detach() for tensor in make_inputs(200, head_dim=64))
+    mask = layout_mask(SinkWindow(5, 30), 200, 200, True)
+    exact, _ = dense_attention(query, key, value, mask)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = [tensor.to(dtype) for tensor in (query, key, value)]
+        ours = block_sparse_attention(*half, SinkWindow(5, 30), is_causal=True)
+        torchs = F.scaled_dot_product_attention(*half, attn_mask=mask, enable_gqa=True)
+        assert ours.dtype == dtype
+        bound = 2 * (torchs.double() - exact).abs().max() + torch.finfo(dtype).eps
+        assert (ours.double() - exact).abs().max() <= bound
+
+
+def test_dropout_is_the_same_in_both_directions():
+    inputs = make_inputs(70)
+    layout, dropout_p = SinkWindow(5, 30), 0.3
+    torch.manual_seed(11)
+    ours = block_sparse_attention(
+        *inputs, layout, is_causal=True, dropout_p=dropout_p, return_lse=True
+    )
+    torch.manual_seed(11)
+    seed = int(torch.randint(1 << 62, ()))
+    place = torch.arange(70)
+    head = torch.arange(BATCH * HEADS).view(BATCH, HEADS, 1, 1)
+    keep = dropout_keep(seed, dropout_p, place[:, None], place, head)
+    mask = layout_mask(layout, 70, 70, True)
+    assert_same(inputs, ours, dense_attention(*inputs, mask, factor=keep / (1 - dropout_p)))
+
+
+def test_dropout_statistics():
+    place = torch.arange(256)
+    keep = dropout_keep(1234, 0.25, place[:, None], place, torch.arange(8)[:, None, None]).double()
+    assert keep.mean() == pytest.approx(0.75, abs=0.003)
+    assert keep.mean((0, 1)).std() < 0.02 and keep.mean((0, 2)).std() < 0.02
+    centred = keep - keep.mean()
+    for shift in (1, 2, 3):
+        for axis in (0, 1, 2):
+            correlation = (centred * centred.roll(shift, axis)).mean() / keep.var()
+            assert abs(correlation) < 0.01
+
+
+def test_philox_known_answers():
+    """Random123's published vectors for Philox4x32-10, first output word."""
+    zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
+    assert int(philox(0, zero, zero, zero)) == 0x6627E8D5
+    # The fourth counter word is always 0 here, so the other published vectors do not apply.
+    assert int(philox(0, ones, zero, zero)) != int(philox(0, zero, ones, zero))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_layout_tensors_of_any_dtype(dtype):
+    query, key, value = make_inputs()
+    blocks = torch.tril(torch.ones(7, 7)).to(dtype)
+    ours = block_sparse_attention(query, key, value, blocks, block_size=16)
+    mask = layout_to_mask(blocks, 16, 100, 100).expand(BATCH, HEADS, 100, 100)
+    torch.testing.assert_close(ours, dense_attention(query, key, value, mask)[0])
+
+
+def test_bidirectional_random_layout_in_a_padded_batch_uses_each_length():
+    layout = BigBird(16, random_blocks=2)
+    inputs = make_inputs(200)
+    padding = torch.ones(BATCH, 200, dtype=torch.bool)
+    padding[0, 120:] = False
+    ours = block_sparse_attention(*inputs, layout, key_padding_mask=padding, return_lse=True)
+    mask = positions_mask(layout, [(0, 0, 120), (1, 0, 200)], 200, False)
+    assert_same(inputs, ours, dense_attention(*inputs, mask))
+
+
+def bad_call(**changes):
+    query, key, value = (tensor.detach().float() for tensor in make_inputs(64))
+    arguments = dict(query=query, key=key, value=value, layout=Dense())
+    arguments |= {
+        name: change(arguments) if callable(change) else change for name, change in changes.items()
+    }
+    return block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(query=torch.ones(2, 64, 24)), r"query got shape \(2, 64, 24\); it must be \(batch, heads, length, head_dim\)"),
+        (dict(key=torch.ones(2, 3, 64, 24), value=torch.ones(2, 3, 64, 24)), r"key got 3 heads for 4 query heads; kv_heads must divide"),
+        (dict(enable_gqa=False), r"key got 2 heads for 4 query heads"),
+        (dict(key=torch.ones(2, 2, 64, 16)), r"key got head_dim 16; query has 24 and they must agree"),
+        (dict(value=torch.ones(2, 2, 63, 24)), r"query, key, value got shapes .* batch must agree"),
+        (dict(key=torch.ones(2, 2, 64, 24).double()), r"key got torch.float64 on cpu; query is torch.float32"),
+        (dict(query=torch.ones(2, 4, 0, 24)), r"query got shape \(2, 4, 0, 24\); no axis may be empty"),
+        (dict(key=torch.ones(2, 2, 30, 24), value=torch.ones(2, 2, 30, 24)), r"query_start got -34 .*give query_start=0"),
+        (dict(dropout_p=1.0), r"dropout_p got 1.0; it must be in \[0, 1\)"),
+        (dict(softcap=0.0), r"softcap got 0.0; it must be positive"),
+        (dict(sinks=torch.ones(3)), r"sinks got shape \(3,\); it must be \(query_heads,\) = \(4,\)"),
+        (dict(attn_mask=torch.ones(3, 64, 64, dtype=torch.bool)), r"attn_mask got shape \(3, 64, 64\); it must broadcast"),
+        (dict(key_padding_mask=torch.ones(2, 64)), r"key_padding_mask got torch.float32 of shape \(2, 64\); it must be bool"),
+        (dict(document_ids=torch.ones(2, 32, dtype=torch.int64)), r"document_ids got shape \(2, 32\)"),
+        (dict(document_ids=torch.tensor([[0] * 20 + [1] * 20 + [0] * 24] * 2)), r"document_ids got an id in two places"),
+        (dict(document_ids=torch.zeros(2, 64, dtype=torch.int64), key_padding_mask=torch.ones(2, 64, dtype=torch.bool)), r"key_padding_mask and document_ids got values together"),
+        (dict(layout=torch.tril(torch.ones(2, 2)), block_size=16), r"layout got 2 x 2 entries of 16 tokens.*this call has 64 and 64"),
+        (dict(layout=torch.ones(3, 4, 4), block_size=16), None),
+        (dict(layout=BLOCKS[:3, :4, :4], block_size=16), r"layout got 3 heads in TensorLayout.*the query has 4 heads"),
+        (dict(layout=PerHead((Dense(),))), r"PerHead with 1 layouts; the query has 4 heads"),
+        (dict(layout=1 - torch.eye(4), block_size=16, is_causal=True), r"leaves 16 queries without a key \(first: position 0, with causality\).*allow_empty_rows=True"),
+        (dict(layout=BlockDiagonal(16) & SlidingWindow(4), impl="cuda"), r"impl got 'cuda'; it must be one of \('auto', 'triton', 'torch'\)"),
+        (dict(layout="bigbirb"), r"layout got the name 'bigbirb'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_the_remedy(changes, message):
+    if message is None:  # equal heads are one matrix for all
+        assert bad_call(**changes).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=message):
+        bad_call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(query=torch.ones(2, 4, 64, 24, dtype=torch.int64)), r"query got dtype torch.int64; it must be float16"),
+        (dict(attn_mask=torch.ones(64, 64)), r"attn_mask got dtype torch.float32; it must be bool.*convert a 0/1 mask with .bool\(\)"),
+        (dict(document_ids=torch.ones(2, 64)), r"document_ids got dtype torch.float32; it must be an integer type"),
+        (dict(layout=PerLayer({0: Dense()})), r"layout got a PerLayer; one attention call needs the layout of one layer"),
+        (dict(layout=[1]), r"layout got list; it must be a layout"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused_with_the_remedy(changes, message):
+    with pytest.raises(TypeError, match=message):
+        bad_call(**changes)
+
+
+def test_a_longer_sequence_than_the_layout_raises_in_the_middle_of_a_generation():
+    blocks = torch.tril(torch.ones(4, 4))
+    query, key, value = make_inputs(1, 64)
+    block_sparse_attention(query, key, value, blocks, block_size=16, is_causal=True)
+    query, key, value = make_inputs(1, 65)
+    with pytest.raises(ValueError, match="layout got 4 x 4 entries of 16 tokens"):
+        block_sparse_attention(query, key, value, blocks, block_size=16, is_causal=True)
