@@ -1,0 +1,470 @@
+"""Which layout each attention module of a transformers model has.
+
+The model's configuration is the one truth: its section `block_sparse` maps layers to layouts,
+
+    {"version": 1, "layouts": {"*": {"kind": "sink_window", ...}}}                          every attention layer
+    {"version": 1, "layouts": {"0": {...}, "encoder.layers.3.self_attn": {...}}}            these; the others stay dense
+
+and it stands in the configuration its attention modules belong to: the text part's in a multimodal model. Keys are layer numbers,
+or module paths (without the base model's prefix) where numbers are ambiguous. This module reads and writes the section, finds the
+attention modules, and hangs a `LayerAttention` on each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocksparse.attention import resolve_layout
+from hf_blocksparse.layouts import Dense, Layout, PerLayer, layout_from_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+IMPLEMENTATION = "block_sparse"
+SECTION = "block_sparse"
+SECTION_VERSION = 1
+ALL_LAYERS = "*"
+
+_STATE = "_block_sparse"
+_UNDO = "_block_sparse_undo"
+_DENSE_IMPLEMENTATION = "_block_sparse_dense_implementation"
+_CROSS_ATTENTION_PATH = re.compile(r"cross|encoder_attn|enc_?dec_?attention", re.IGNORECASE)
+_ATTENTION_CLASS = re.compile(r"Attention(?!Mask)|Attn")
+
+LayerKey = int | str
+
+
+@dataclass
+class LayerAttention:
+    """What one attention module computes.
+
+    Attributes:
+        path: of the module in its model.
+        layout: None where the layer keeps its own dense attention.
+        dense_implementation: transformers' name of that dense attention.
+        impl: implementation of `block_sparse_attention`; a wish for this run, never saved.
+        problem: why this module must not run; raised on its first call.
+        calls: how often the attention function was reached.
+    """
+
+    path: str
+    layout: Layout | None
+    dense_implementation: str
+    impl: str = "auto"
+    problem: str | None = None
+    calls: int = 0
+
+
+def state_of(module: nn.Module) -> LayerAttention | None:
+    return module.__dict__.get(_STATE)
+
+
+def layouts_by_layer(value: object, block_size: int | None = None) -> dict[LayerKey, Layout]:
+    """Layouts by layer from anything a user may give; the key `"*"` means every attention layer.
+
+    Args:
+        value: a layout, a preset's name, a 0/1 tensor, a `PerLayer`, a dict `{layer number or module path: any of these}`, a
+            layout's `to_dict()`, or a whole section.
+        block_size: tokens per block, for tensors and block-exact presets.
+    """
+    if isinstance(value, PerLayer):
+        value = dict(value.layers)
+    if isinstance(value, Mapping):
+        if "kind" in value:
+            return layouts_by_layer(layout_from_dict(value))
+        if "layouts" in value or "version" in value:
+            return read_section(value)
+        if not value:
+            raise ValueError(
+                "layout got an empty dict; it must name at least one layer; for example {0: SlidingWindow(1024)}."
+            )
+        by_layer: dict[LayerKey, Layout] = {}
+        for key, layout in value.items():
+            if isinstance(key, bool) or not isinstance(key, int | str):
+                raise TypeError(
+                    f"layout got the key {key!r}; a key must be a layer number or a module path; use one of them."
+                )
+            layouts = layouts_by_layer(layout, block_size)
+            if set(layouts) != {ALL_LAYERS}:
+                raise TypeError(
+                    f"layout got layouts by layer for layer {key!r}; a layer has one layout; give it alone."
+                )
+            number = int(key) if isinstance(key, str) and key.isdecimal() else key
+            if number in by_layer:
+                raise ValueError(
+                    f"layout got layer {number} twice, as number and as string; a layer may be named once; drop one."
+                )
+            by_layer[number] = layouts[ALL_LAYERS]
+        if ALL_LAYERS in by_layer and len(by_layer) > 1:
+            raise ValueError(
+                f"layout got {ALL_LAYERS!r} beside {sorted(map(str, by_layer))}; {ALL_LAYERS!r} means every layer and stands alone; "
+                "name the layers one by one."
+            )
+        return by_layer
+    if isinstance(value, Layout | str | Tensor):
+        return {ALL_LAYERS: resolve_layout(value, block_size)}
+    raise TypeError(
+        f"layout got {type(value).__name__}; it must be a layout, a preset's name, a 0/1 tensor, or a dict of these by layer; "
+        "for example SinkWindow(sink=64, window=1024)."
+    )
+
+
+def write_section(layouts: Mapping[LayerKey, Layout]) -> dict[str, Any]:
+    """The section that stands for `layouts`: JSON-ready, the same after a round trip."""
+    return {
+        "version": SECTION_VERSION,
+        "layouts": {str(key): layout.to_dict() for key, layout in layouts.items()},
+    }
+
+
+def read_section(section: object) -> dict[LayerKey, Layout]:
+    """Layouts by layer from a section. Unknown keys warn; wrong values raise ValueError or TypeError."""
+    if not isinstance(section, Mapping):
+        raise TypeError(
+            f"config.{SECTION} got {type(section).__name__}; it must be a dict with 'version' and 'layouts'; "
+            "write it with patch_model, or assign a layout to config.block_sparse."
+        )
+    version = section.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(
+            f"config.{SECTION}: version got {version!r}; it must be a positive integer; this release writes {SECTION_VERSION}."
+        )
+    unknown = sorted(map(str, set(section) - {"version", "layouts"}))
+    if version > SECTION_VERSION or unknown:
+        warnings.warn(
+            f"config.{SECTION} got version {version} with the unknown keys {unknown}; this release of hf-blocksparse reads version "
+            f"{SECTION_VERSION} and ignores them; upgrade hf-blocksparse if a newer release wrote this checkpoint.",
+            stacklevel=2,
+        )
+    layouts = section.get("layouts")
+    if not isinstance(layouts, Mapping) or not layouts:
+        raise ValueError(
+            f"config.{SECTION}: layouts got {layouts!r}; it must be a dict of at least one layer; "
+            f"for example {{'{ALL_LAYERS}': SlidingWindow(1024).to_dict()}}."
+        )
+    wrong = [value for value in layouts.values() if not isinstance(value, Mapping)]
+    if wrong:
+        raise TypeError(
+            f"config.{SECTION}: layouts got {wrong[0]!r}; every value must be a stored layout; write it with to_dict()."
+        )
+    return layouts_by_layer({key: layout_from_dict(value) for key, value in layouts.items()})
+
+
+def section_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    return config.__dict__.get(SECTION)
+
+
+def registered_configs(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """`config` and the sub-configurations that are saved with it, with their dotted names; outermost first."""
+    seen: list[PreTrainedConfig] = []
+
+    def walk(name: str, current: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+        if any(current is other for other in seen):
+            return
+        seen.append(current)
+        yield name, current
+        for key in current.sub_configs:
+            child = getattr(current, key, None)
+            if child is not None:
+                yield from walk(f"{name}.{key}" if name else key, child)
+
+    yield from walk("", config)
+
+
+def _reaches_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose forward asks transformers' attention interface, by path."""
+    return {path: module for path, module in model.named_modules() if _reaches_interface(module)}
+
+
+def unreachable_attention_modules(model: nn.Module) -> list[str]:
+    """Attention modules that compute on their own, as `path (class)`: outermost ones with parameters and a telling class name."""
+    found: list[str] = []
+    reached = list(attention_modules(model))
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not path or not _ATTENTION_CLASS.search(type(module).__name__):
+            continue
+        if next(module.parameters(), None) is None or any(
+            path.startswith(f"{outer}.") for outer in inside
+        ):
+            continue
+        if not any(
+            f"{one}.".startswith(f"{path}.") or path.startswith(f"{one}.") for one in reached
+        ):
+            inside.append(path)
+            found.append(f"{path} ({type(module).__name__})")
+    return found
+
+
+def check_reachable(model: nn.Module) -> None:
+    """Raise NotImplementedError where attention modules compute on their own: a layout for all layers would miss them."""
+    if missed := unreachable_attention_modules(model):
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot be patched as a whole: {', '.join(missed[:4])}{' ...' if len(missed) > 4 else ''} "
+            f"{'does' if len(missed) == 1 else 'do'} not go through transformers' attention interface, so a layout would not reach "
+            "them; choose another model, or name the layers that do with a PerLayer layout."
+        )
+
+
+def is_cross_attention(path: str, module: nn.Module) -> bool:
+    last_names = ".".join(path.split(".")[-2:])
+    return bool(getattr(module, "is_cross_attention", False)) or bool(
+        _CROSS_ATTENTION_PATH.search(last_names) or "CrossAttention" in type(module).__name__
+    )
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a module path: the layer it belongs to."""
+    return next((int(name) for name in path.split(".") if name.isdecimal()), None)
+
+
+def layer_layout(path: str, layout: Layout) -> Layout:
+    """The layout of the layer at `path`: random layouts draw anew in every layer."""
+    return layout.for_layer(layer_number(path) or 0)
+
+
+def num_query_heads(module: nn.Module) -> int | None:
+    config = getattr(module, "config", None)
+    for owner, name in (
+        (module, "num_heads"),
+        (module, "num_attention_heads"),
+        (config, "num_attention_heads"),
+    ):
+        value = getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def path_from_base(model: nn.Module, path: str) -> str:
+    """A path as seen from the base model, so that a head on top of it changes no name."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return path.removeprefix(f"{prefix}.") if prefix else path
+
+
+def assign_layouts(
+    owner: nn.Module, paths: list[str], layouts: Mapping[LayerKey, Layout]
+) -> tuple[dict[str, tuple[LayerKey, Layout]], list[str]]:
+    """Resolve layer keys among the attention modules at `paths`, relative to `owner`.
+
+    Returns:
+        path -> (key, layout as given), and what could not be resolved, in words.
+    """
+    assigned: dict[str, tuple[LayerKey, Layout]] = {}
+    problems: list[str] = []
+    numbers = {path: layer_number(path) for path in paths}
+    crossing = [path for path in paths if is_cross_attention(path, owner.get_submodule(path))]
+
+    def assign(path: str, key: LayerKey, layout: Layout) -> None:
+        if path in crossing and layout != Dense():
+            problems.append(
+                f"layout names {path}, a cross-attention, where a layout has no meaning"
+            )
+            return
+        if path in assigned:
+            problems.append(f"layout names the attention module {path} twice")
+            return
+        assigned[path] = (key, layout)
+
+    for key, layout in layouts.items():
+        if key == ALL_LAYERS:
+            if crossing and layout != Dense():
+                problems.append(
+                    f"layout covers all layers, but {crossing} are cross-attention, where a layout has no meaning; name the "
+                    "self-attention layers one by one"
+                )
+            for path in paths:
+                if path not in crossing:
+                    assign(path, key, layout)
+            continue
+        if isinstance(key, int):
+            matches = [path for path in paths if numbers[path] == key]
+            known = sorted({number for number in numbers.values() if number is not None})
+            what = f"layer {key}"
+            has = f"attention layers {_spans(known)}" if known else "no numbered attention layers"
+        else:
+            named = path_from_base(owner, key)
+            relative = {path: path_from_base(owner, path) for path in paths}
+            matches = [path for path in paths if relative[path] == named] or [
+                path for path in paths if relative[path].startswith(f"{named}.")
+            ]
+            what = f"module {key!r}"
+            has = f"attention modules such as {paths[0]!r}" if paths else "no attention modules"
+        if not matches:
+            problems.append(f"layout names {what}, but {type(owner).__name__} has {has}")
+        elif len(matches) > 1:
+            problems.append(
+                f"layout names {what}, which is ambiguous in {type(owner).__name__}: it may be {matches}; use the module path"
+            )
+        else:
+            assign(matches[0], key, layout)
+    return assigned, problems
+
+
+def _spans(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return str(numbers)
+
+
+@dataclass
+class ConfigOwner:
+    """A configuration that is saved, the outermost model that reads it, and the attention modules that belong to it."""
+
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    prefix: str
+    paths: list[str]  # relative to `model`
+
+    def full_path(self, path: str) -> str:
+        return f"{self.prefix}.{path}" if self.prefix else path
+
+
+def config_owners(model: PreTrainedModel) -> list[ConfigOwner]:
+    """Every attention module of `model` under the innermost saved configuration around it; outermost configurations first."""
+    from transformers import PreTrainedModel
+
+    models = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    ]
+    owners = []
+    for _, config in registered_configs(model.config):
+        for path, module in models:
+            if module.config is config:
+                owners.append(ConfigOwner(config, module, path, []))
+                break
+    for path in attention_modules(model):
+        inner = max(
+            (one for one in owners if not one.prefix or path.startswith(f"{one.prefix}.")),
+            key=lambda one: len(one.prefix),
+        )
+        inner.paths.append(path.removeprefix(f"{inner.prefix}.") if inner.prefix else path)
+    return [owner for owner in owners if owner.paths]
+
+
+def attach(module: nn.Module, state: LayerAttention) -> None:
+    """Give `module` its layout and watch its first forward."""
+    detach(module)
+    setattr(module, _STATE, state)
+    module.register_forward_hook(_verify_first_forward, with_kwargs=True)
+
+
+def detach(module: nn.Module) -> None:
+    module.__dict__.pop(_STATE, None)
+    _stop_watching(module)
+
+
+def _stop_watching(module: nn.Module) -> None:
+    hooks = module._forward_hooks
+    for number in [key for key, hook in hooks.items() if hook is _verify_first_forward]:
+        del hooks[number]
+        module._forward_hooks_with_kwargs.pop(number, None)
+
+
+def _verify_first_forward(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
+) -> None:
+    """After a patched module's first forward: was the attention function reached, and was it self-attention?"""
+    if torch.compiler.is_compiling():
+        return
+    state = state_of(module)
+    _stop_watching(module)
+    if state is None:
+        return
+    if not state.calls:
+        raise RuntimeError(
+            f"{state.path} ({type(module).__name__}) got a layout, but its forward never reached the attention function, so it ran "
+            "dense; this class cannot be patched; leave this layer out with a PerLayer layout."
+        )
+    for name in ("key_value_states", "encoder_hidden_states"):
+        if state.layout not in (None, Dense()) and kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{state.path} got {name}: it is a cross-attention, and a layout has no meaning between two sequences; "
+                "leave this layer out with a PerLayer layout."
+            )
+
+
+def attach_from_config(model: PreTrainedModel) -> None:
+    """Hang the layouts that the configuration carries on a model that was just built.
+
+    Called for every model in the making, inner ones first, so the outermost has the last word; what cannot be resolved is raised
+    by the first forward.
+    """
+    from transformers import PreTrainedModel
+
+    sections = [section_of(config) for _, config in registered_configs(model.config)]
+    if not any(sections):
+        return
+    found = attention_modules(model)
+    covers_all = any(section and ALL_LAYERS in section["layouts"] for section in sections)
+    if covers_all or not found:
+        check_reachable(model)
+    for owner in config_owners(model):
+        section = section_of(owner.config)
+        if section is None or owner.config._attn_implementation != IMPLEMENTATION:
+            continue
+        assigned, problems = assign_layouts(owner.model, owner.paths, read_section(section))
+        for path in owner.paths:
+            full_path = owner.full_path(path)
+            module = found[full_path]
+            attach(
+                module,
+                LayerAttention(
+                    full_path,
+                    layer_layout(path, assigned[path][1]) if path in assigned else None,
+                    _dense_implementation(model, module.config),
+                    problem="; ".join(problems) or None,
+                ),
+            )
+    undo = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and _DENSE_IMPLEMENTATION in module.__dict__:
+            undo.append((module.config, module.__dict__[_DENSE_IMPLEMENTATION], None))
+    undo += [
+        (config, config._attn_implementation, None)
+        for _, config in registered_configs(model.config)
+        if section_of(config) and all(config is not known for known, _, _ in undo)
+    ]
+    model.__dict__[_UNDO] = undo
+
+
+def _dense_implementation(model: nn.Module, config: PreTrainedConfig) -> str:
+    """What `config` would have chosen without its section, as found when its model was built."""
+    for module in model.modules():
+        if getattr(module, "config", None) is config and _DENSE_IMPLEMENTATION in module.__dict__:
+            return module.__dict__[_DENSE_IMPLEMENTATION]
+    return "sdpa"
+
+
+def undo_records(model: nn.Module) -> list[tuple[PreTrainedConfig, str | None, dict | None]]:
+    """What the configurations under `model` were before: (configuration, implementation, section)."""
+    return [record for module in model.modules() for record in module.__dict__.get(_UNDO, ())]
+
+
+def restore(model: nn.Module) -> None:
+    """Take every layout off `model` and give its configurations back what they were."""
+    for config, implementation, section in undo_records(model):
+        config._attn_implementation_internal = implementation
+        if section is None:
+            config.__dict__.pop(SECTION, None)
+        else:
+            config.__dict__[SECTION] = section
+    for module in model.modules():
+        detach(module)
+        module.__dict__.pop(_UNDO, None)
+        module.__dict__.pop(_DENSE_IMPLEMENTATION, None)

@@ -1,0 +1,204 @@
+"""`patch_model` and `unpatch_model`: put block-sparse attention into a transformers model, and take it out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hf_blocksparse.attention import IMPLEMENTATIONS
+from hf_blocksparse.layouts import Layout, MaskLayout, TensorLayout
+from hf_blocksparse.model_layouts import (
+    _UNDO,
+    ALL_LAYERS,
+    IMPLEMENTATION,
+    SECTION,
+    LayerAttention,
+    LayerKey,
+    assign_layouts,
+    attach,
+    attention_modules,
+    check_reachable,
+    config_owners,
+    layer_layout,
+    layouts_by_layer,
+    num_query_heads,
+    path_from_base,
+    restore,
+    state_of,
+    undo_records,
+    write_section,
+)
+from hf_blocksparse.transformers_hook import register_when_imported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Implementations that a layer without a layout can keep while its neighbours are sparse.
+_KEPT_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def patch_model(
+    model: PreTrainedModel,
+    layout: Layout | str | Tensor | Mapping[int | str, Any],
+    *,
+    impl: str = "auto",
+    block_size: int | None = None,
+) -> PreTrainedModel:
+    """Give the attention layers of a transformers model block-sparse attention, in place.
+
+    What is computed is the layout within the model's own mask: causality, its windows and chunks, padding, packed documents. The
+    layouts are written to `config.block_sparse`, so they are saved with the model and loaded by `AutoModel` once `hf_blocksparse`
+    is imported. A model that is patched already gets the new layouts instead; `unpatch_model` then still restores the original.
+
+    Args:
+        model: a `transformers.PreTrainedModel`, or a part of one with a configuration of its own.
+        layout: a layout, a preset's name or a 0/1 tensor for every attention layer; or a `PerLayer` or a dict from layer number or
+            module path to one of these. Layers not named keep the model's own dense attention exactly.
+        impl: "auto", "triton" or "torch", as in `block_sparse_attention`. A wish for this run: it is not saved.
+        block_size: tokens per block of tensors and block-exact presets.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a layer does not exist or is ambiguous, or a layout is made for another number of heads.
+        NotImplementedError: attention modules of the model do not go through transformers' attention interface.
+    """
+    register_when_imported()
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model got {type(model).__name__}; it must be a transformers PreTrainedModel; pass the model inside a wrapper, for example "
+            "peft_model.get_base_model()."
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl got {impl!r}; it must be one of {IMPLEMENTATIONS}; 'auto' takes Triton on a GPU and torch elsewhere."
+        )
+    layouts = layouts_by_layer(layout, block_size)
+    modules = attention_modules(model)
+    if ALL_LAYERS in layouts or not modules:
+        check_reachable(model)
+    if not modules:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no attention module that goes through transformers' attention interface; "
+            "choose another model."
+        )
+    assigned, problems = assign_layouts(model, list(modules), layouts)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}.")
+    for path, (_, chosen) in assigned.items():
+        heads = num_query_heads(modules[path])
+        if heads is not None:
+            chosen.check(heads, 1, 1)
+    restore(model)
+    _switch(model, assigned, impl)
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(_report(model, assigned))
+    return model
+
+
+def _switch(
+    model: PreTrainedModel, assigned: dict[str, tuple[LayerKey, Layout]], impl: str
+) -> None:
+    """Hang the layouts on the modules and write them into the configurations the modules belong to."""
+    modules = attention_modules(model)
+    configs: list[Any] = []
+    sections: list[tuple[Any, dict[LayerKey, Layout]]] = []
+    for owner in config_owners(model):
+        section: dict[LayerKey, Layout] = {}
+        for path in owner.paths:
+            full_path = owner.full_path(path)
+            if full_path not in assigned:
+                continue
+            key, layout = assigned[full_path]
+            is_path = isinstance(key, str) and key != ALL_LAYERS
+            section[path_from_base(owner.model, path) if is_path else key] = layout
+            configs += _configs_around(owner.model, path)
+        if section:
+            sections.append((owner.config, section))
+    configs = [
+        config
+        for place, config in enumerate(configs)
+        if not any(config is known for known in configs[:place])
+    ]
+    kept = {
+        path: module.config._attn_implementation
+        for path, module in modules.items()
+        if any(module.config is config for config in configs)
+    }
+    left = [path for path in kept if path not in assigned]
+    if wrong := [path for path in left if kept[path] not in _KEPT_IMPLEMENTATIONS]:
+        raise NotImplementedError(
+            f"layout leaves {wrong[0]} its own attention {kept[wrong[0]]!r}; beside sparse layers only {_KEPT_IMPLEMENTATIONS} can stay; "
+            "call model.set_attn_implementation('sdpa') before patching, or name every layer."
+        )
+    model.__dict__[_UNDO] = [
+        (config, config._attn_implementation, config.__dict__.get(SECTION)) for config in configs
+    ]
+    for config in configs:
+        config._attn_implementation_internal = IMPLEMENTATION
+    for config, section in sections:
+        config.__dict__[SECTION] = write_section(section)
+    for path, dense in kept.items():
+        layout = layer_layout(path, assigned[path][1]) if path in assigned else None
+        attach(modules[path], LayerAttention(path, layout, dense, impl))
+
+
+def _configs_around(owner: nn.Module, path: str) -> list[Any]:
+    """The configurations that the attention module at `path` and the models around it read, `owner`'s first."""
+    from transformers import PreTrainedModel
+
+    names = path.split(".")
+    around = [owner.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    configs = [module.config for module in around if isinstance(module, PreTrainedModel)]
+    return [*configs, owner.get_submodule(path).config]
+
+
+def _report(model: PreTrainedModel, assigned: dict[str, tuple[LayerKey, Layout]]) -> str:
+    """One line: which layers have which layout, which were left, and the density at the model's length."""
+    modules = attention_modules(model)
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    parts = []
+    for layout in dict.fromkeys(layout for _, layout in assigned.values()):
+        paths = [path for path, (_, given) in assigned.items() if given == layout]
+        text = f"{len(paths)} layers {layout!r}"
+        reach = length if not isinstance(layout, TensorLayout | MaskLayout) else None
+        if isinstance(reach, int):
+            causal = bool(getattr(modules[paths[0]], "is_causal", True))
+            heads = num_query_heads(modules[paths[0]]) or 1
+            density = layout.density(reach, is_causal=causal, num_heads=heads)
+            text += f" (density {density:.1%} at {reach} tokens)"
+        parts.append(text)
+    left = len(modules) - len(assigned)
+    return f"{type(model).__name__}: {', '.join(parts)}; {left} of {len(modules)} attention layers left dense."
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `patch_model`, or the loading of a sparse checkpoint: the model and its configuration are as before.
+
+    Returns:
+        `model`, dense again: the same logits bit for bit, and no section in the configuration.
+
+    Raises:
+        ValueError: `model` has no block-sparse layers, or was patched as a part of a larger model.
+    """
+    if not undo_records(model):
+        inside = any(state_of(module) for module in model.modules())
+        raise ValueError(
+            f"model got a {type(model).__name__} that "
+            + (
+                "was patched as a part of a larger model; call unpatch_model on that one."
+                if inside
+                else "has no block-sparse layers; there is nothing to undo; call patch_model first."
+            )
+        )
+    restore(model)
+    return model

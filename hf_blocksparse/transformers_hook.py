@@ -1,0 +1,485 @@
+"""The connection to transformers: the attention function `block_sparse`, its mask function, and the configuration flag.
+
+`register_when_imported` costs nothing until transformers is imported. From then on
+
+- models whose configuration says `block_sparse` compute `layout & the model's own mask` in the modules that have a layout, and what
+  transformers itself would compute in the others;
+- a configuration takes a layout (`config.block_sparse = SlidingWindow(1024)`, `from_pretrained(path, block_sparse=...)`), keeps
+  it through saving and loading, and a checkpoint that carries one says so (`"attn_implementation": "block_sparse"`), so that it
+  fails loudly where this package is not imported.
+
+All knowledge of transformers' internals is here, in `transformers_masks` and in `model_layouts`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.layouts import BlockDiagonal, Layout, SlidingWindow
+from hf_blocksparse.model_layouts import (
+    _DENSE_IMPLEMENTATION,
+    ALL_LAYERS,
+    IMPLEMENTATION,
+    SECTION,
+    LayerAttention,
+    attach_from_config,
+    layouts_by_layer,
+    registered_configs,
+    section_of,
+    state_of,
+    write_section,
+)
+from hf_blocksparse.sequences import Sequences
+from hf_blocksparse.transformers_masks import SequenceMask, make_mask, mask_from_tensor
+
+# Arguments of transformers' attention functions that do not change what attention computes.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "layer_idx",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "use_cache",
+    }
+)
+
+
+def block_sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: attention over `layout & the model's own mask`.
+
+    Args:
+        module: an attention module that `patch_model` or a configuration gave a layout.
+        query: (batch, query_heads, query_len, head_dim), rotated.
+        key, value: (batch, kv_heads, kv_len, head_dim), with the cache, not repeated.
+        attention_mask: what the mask function made, a 4-D tensor of the user's, or None.
+        dropout: probability of dropping a coefficient.
+        scaling: factor on the scores.
+        kwargs: `is_causal`, `sliding_window`, `softcap`, `s_aux` (sink logits) and `cu_seq_lens_q`, `cu_seq_lens_k` are honoured
+            (the window and `is_causal` where there is no mask, as a mask already holds them); those known to change nothing are ignored.
+
+    Returns:
+        (batch, query_len, query_heads, value_dim), contiguous, and None (the weights are never made).
+
+    Raises:
+        ValueError, NotImplementedError: the model asks for something that would not be honoured.
+    """
+    state = state_of(module)
+    if state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} runs with attn_implementation={IMPLEMENTATION!r} but has no layout; use patch_model on the whole "
+            "model, or load it with block_sparse=<layout>."
+        )
+    if state.problem:
+        raise ValueError(f"config.{SECTION}: {state.problem}.")
+    state.calls += 1
+    if state.layout is None:
+        return _dense_attention(
+            module,
+            state,
+            (query, key, value, attention_mask),
+            {"dropout": dropout, "scaling": scaling, **kwargs},
+        )
+    is_causal = kwargs.pop("is_causal", None)
+    window = kwargs.pop("sliding_window", None)
+    softcap = kwargs.pop("softcap", None)
+    sinks = kwargs.pop("s_aux", None)
+    cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
+    _refuse(state, kwargs)
+    mask = _read_mask(module, state, query, key, attention_mask, is_causal, window)
+    if mask.is_causal and is_causal is False:
+        raise ValueError(
+            f"is_causal got False in {state.path}, whose attention_mask is causal; one of them is wrong; set config.is_causal=False "
+            "for bidirectional attention."
+        )
+    sequences = mask.sequences
+    if cu_seqlens != (None, None):
+        sequences = _packed_sequences(state, mask, query, cu_seqlens)
+    query, key, value = _same_dtype(module, query, key, value)
+    out = block_sparse_attention(
+        query,
+        key,
+        value,
+        _visible(state.layout, mask.window_tokens, mask.chunk_tokens),
+        is_causal=mask.is_causal,
+        attn_mask=mask.dense,
+        sequences=sequences,
+        dropout_p=dropout,
+        scale=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        impl=state.impl,  # type: ignore[arg-type]
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            f"output_attentions got True in {state.path}; block_sparse attention never makes the weights; "
+            "use attn_implementation='eager' to look at them."
+        )
+    asked = sorted(
+        name
+        for name, value in kwargs.items()
+        if value is not None and name not in _WITHOUT_EFFECT and name != "output_attentions"
+    )
+    if asked:
+        raise NotImplementedError(
+            f"{state.path} passes {asked} to its attention, which block_sparse attention does not compute; "
+            "leave this layer out with a PerLayer layout, or use attn_implementation='sdpa'."
+        )
+
+
+def _read_mask(
+    module: nn.Module,
+    state: LayerAttention,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None,
+    window: int | None,
+) -> SequenceMask:
+    batch, _, query_len, _ = query.shape
+    kv_len = key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # A single query stands at the last key, where causality hides nothing.
+        if query_len != kv_len and not (causal and query_len == 1):
+            raise NotImplementedError(
+                f"attention_mask got None in {state.path} for {query_len} queries and {kv_len} keys; it is a cross-attention, or nothing "
+                "says where the queries stand; leave this layer out with a PerLayer layout, or pass a 2-D attention_mask to the model."
+            )
+        sequences = Sequences.uniform(batch, query_len, kv_len, kv_len - query_len, query.device)
+        return SequenceMask(
+            batch,
+            query_len,
+            kv_len,
+            sequences,
+            is_causal=causal,
+            window_tokens=window,
+            covers_batch=True,
+        )
+    if not isinstance(attention_mask, SequenceMask):
+        return mask_from_tensor(attention_mask, batch, query_len, kv_len)
+    if tuple(attention_mask.shape) != (batch, 1, query_len, kv_len):
+        raise ValueError(
+            f"attention_mask of {state.path} was made for (batch, query_len, kv_len) = "
+            f"{(attention_mask.shape[0], *attention_mask.shape[2:])}, but the attention has {(batch, query_len, kv_len)}; the model "
+            "builds its mask in a way block_sparse attention does not know; leave this layer out with a PerLayer layout."
+        )
+    if attention_mask.is_cross and state.layout is not None:
+        raise NotImplementedError(
+            f"{state.path} got {query_len} queries and {kv_len} keys without causality: it is a cross-attention, and a layout has no "
+            "meaning between two sequences; leave this layer out with a PerLayer layout."
+        )
+    return (
+        attention_mask if attention_mask.device == query.device else attention_mask.to(query.device)
+    )
+
+
+def _packed_sequences(
+    state: LayerAttention,
+    mask: SequenceMask,
+    query: Tensor,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+) -> Sequences:
+    """Documents named by `cu_seq_lens`, where the mask does not name them already."""
+    queries, keys = cu_seqlens
+    batch, _, query_len, kv_len = mask.shape
+    if not mask.covers_batch:
+        return mask.sequences
+    if queries is None or keys is None or batch != 1 or query_len != kv_len:
+        raise NotImplementedError(
+            f"cu_seq_lens_q, cu_seq_lens_k in {state.path} got a batch of {batch} with {query_len} queries and {kv_len} keys; packed "
+            "documents need both, one batch row, and no cache; pass position_ids or a 2-D attention_mask instead."
+        )
+    if queries is not keys and not torch.equal(queries, keys):
+        raise NotImplementedError(
+            f"cu_seq_lens_q and cu_seq_lens_k differ in {state.path}; every packed document must have as many queries as keys; "
+            "pass the same lengths."
+        )
+    return Sequences.from_cu_seqlens(queries.to(query.device), query_len)
+
+
+@functools.lru_cache(maxsize=1024)
+def _visible(layout: Layout, window_tokens: int | None, chunk_tokens: int | None) -> Layout:
+    """The layout within the model's own window and chunks."""
+    if window_tokens is not None:
+        layout = layout & SlidingWindow(window_tokens)
+    if chunk_tokens is not None:
+        layout = layout & BlockDiagonal(chunk_tokens)
+    return layout
+
+
+def _same_dtype(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One dtype for all three, as transformers chooses it: autocast's, or the one the weights have."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        target = torch.get_autocast_dtype(device_type)
+    elif query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    elif hasattr(module.config, "_is_quantized"):
+        target = module.config.dtype
+    else:
+        linear = (part for part in module.modules() if isinstance(part, nn.Linear))
+        target = next((part.weight.dtype for part in linear), value.dtype)
+    return query.to(target), key.to(target), value.to(target)
+
+
+def _dense_attention(
+    module: nn.Module,
+    state: LayerAttention,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What the module would compute without us, with the mask it would have been given."""
+    query, key, value, mask = tensors
+    name = state.dense_implementation
+    if isinstance(mask, SequenceMask):
+        mask = mask.own_mask(name)
+        mask = mask if mask is None else mask.to(query.device)
+    for cls in type(module).__mro__:
+        source = sys.modules.get(cls.__module__)
+        interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
+        if interface is not None:
+            eager = getattr(source, "eager_attention_forward", None)
+            return interface.get_interface(name, eager)(module, query, key, value, mask, **options)
+    raise NotImplementedError(
+        f"{state.path} ({type(module).__name__}) shall stay dense, but its module defines no attention interface; "
+        "name this layer in the layout."
+    )
+
+
+def check_config_value(value: object) -> dict[str, Any] | None:
+    """The section for anything a user may assign to `config.block_sparse`."""
+    return None if value is None else write_section(layouts_by_layer(value))
+
+
+def _store(config: Any, value: object, *, switch: bool) -> None:
+    """Put a section into `config`, and into its sub-configurations where it means every layer."""
+    section = check_config_value(value)
+    configs = [config]
+    if section is not None and config.sub_configs:
+        if ALL_LAYERS not in section["layouts"]:
+            raise ValueError(
+                f"config.{SECTION} got the layers {sorted(section['layouts'])} for {type(config).__name__}, which has parts of its own "
+                f"({sorted(config.sub_configs)}); layers belong to one part; assign it there, for example "
+                f"config.{sorted(config.sub_configs)[0]}.{SECTION} = ..."
+            )
+        configs = [part for _, part in registered_configs(config)]
+    for part in configs:
+        if section is None:
+            part.__dict__.pop(SECTION, None)
+            if part.__dict__.get("_attn_implementation_internal") == IMPLEMENTATION:
+                part._attn_implementation_internal = None
+            continue
+        part.__dict__[SECTION] = section
+        # An implementation found by an earlier model must not outweigh a layout assigned after it.
+        if switch and part.__dict__.get("_attn_implementation_internal") is not None:
+            part._attn_implementation_internal = IMPLEMENTATION
+
+
+def _register_configuration(module: ModuleType) -> None:
+    base = module.PreTrainedConfig
+    if isinstance(base.__dict__.get(SECTION), property):
+        return
+
+    def get_section(self: Any) -> dict[str, Any] | None:
+        """Layouts by layer, as `hf_blocksparse.patch_model` writes them; assign a layout to make the model sparse."""
+        return section_of(self)
+
+    def set_section(self: Any, value: object) -> None:
+        _store(self, value, switch=True)
+
+    def delete_section(self: Any) -> None:
+        _store(self, None, switch=True)
+
+    post_init, from_dict, to_diff_dict = base.__post_init__, base.from_dict, base.to_diff_dict
+
+    @functools.wraps(post_init)
+    def post_init_with_section(self: Any, *args: Any, **kwargs: Any) -> None:
+        section = kwargs.pop(SECTION, None)
+        post_init(self, *args, **kwargs)
+        if section is not None:
+            # As it was saved: the parts of a composite configuration carry their own.
+            self.__dict__[SECTION] = check_config_value(section)
+
+    @functools.wraps(from_dict.__func__)
+    def from_dict_with_section(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        given = SECTION in kwargs
+        value = kwargs.pop(SECTION, None)
+        made = from_dict.__func__(cls, config_dict, **kwargs)
+        if given:
+            _store(made[0] if isinstance(made, tuple) else made, value, switch=False)
+        return made
+
+    @functools.wraps(to_diff_dict)
+    def to_diff_dict_with_implementation(self: Any) -> dict[str, Any]:
+        saved = to_diff_dict(self)
+        implementation = _saved_implementation(self)
+        if implementation is not None:
+            saved["attn_implementation"] = implementation
+        return saved
+
+    base.__post_init__ = post_init_with_section
+    base.from_dict = classmethod(from_dict_with_section)
+    base.to_diff_dict = to_diff_dict_with_implementation
+    setattr(base, SECTION, property(get_section, set_section, delete_section))
+
+
+def _saved_implementation(config: Any) -> str | dict[str, Any] | None:
+    """The implementation to write beside a section: a name, or names by part; None where nothing is sparse."""
+    parts = {}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        implementation = None if part is None else _saved_implementation(part)
+        if implementation is not None:
+            parts[key] = implementation
+    own = IMPLEMENTATION if section_of(config) else None
+    if not parts:
+        return own
+    return parts if own is None else {"": own, **parts}
+
+
+def _register_modeling(module: ModuleType) -> None:
+    from transformers.masking_utils import AttentionMaskInterface
+
+    base = module.PreTrainedModel
+    if IMPLEMENTATION in module.AttentionInterface._global_mapping:
+        return
+    # The mask's structure is read from closures, and layouts are values: neither can be traced, so a compiled model breaks its graph
+    # at the attention call.
+    module.AttentionInterface.register(
+        IMPLEMENTATION, torch.compiler.disable(block_sparse_attention_forward)
+    )
+    AttentionMaskInterface.register(IMPLEMENTATION, torch.compiler.disable(make_mask))
+    check, post_init = base._check_and_adjust_attn_implementation, base.post_init
+
+    @functools.wraps(check)
+    def check_with_section(
+        self: Any, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
+    ) -> str:
+        section = section_of(self.config)
+        by_section = is_init_check and attn_implementation is None and section is not None
+        if not by_section and attn_implementation != IMPLEMENTATION:
+            if section is not None:
+                warnings.warn(
+                    f"attn_implementation={attn_implementation!r} was asked for, so the model runs dense although its configuration "
+                    "carries block-sparse layouts; leave attn_implementation out to use them.",
+                    stacklevel=2,
+                )
+            return check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+        if section is None:
+            if is_init_check and any(
+                section_of(part) for _, part in registered_configs(self.config)
+            ):
+                # Only parts of the model have layouts.
+                return check(self, None, is_init_check=is_init_check, **kwargs)
+            raise ValueError(
+                f"attn_implementation got {IMPLEMENTATION!r} for {type(self).__name__}, whose configuration has no layouts; "
+                "use patch_model(model, layout), or load with block_sparse=<layout>."
+            )
+        if is_init_check:
+            dense = check(self, None, is_init_check=True, **kwargs)
+            self.__dict__[_DENSE_IMPLEMENTATION] = dense
+        elif state_missing(self):
+            raise ValueError(
+                f"attn_implementation got {IMPLEMENTATION!r} for a {type(self).__name__} that was built dense; its layers have no "
+                "layouts; use patch_model(model, layout)."
+            )
+        return IMPLEMENTATION
+
+    @functools.wraps(post_init)
+    def post_init_with_layouts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = post_init(self, *args, **kwargs)
+        attach_from_config(self)
+        return result
+
+    base._check_and_adjust_attn_implementation = check_with_section
+    base.post_init = post_init_with_layouts
+
+
+def state_missing(model: nn.Module) -> bool:
+    return not any(state_of(module) for module in model.modules())
+
+
+_REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.configuration_utils": _register_configuration,
+    "transformers.modeling_utils": _register_modeling,
+}
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Finds the modules we wait for as Python would, and runs their registration after they are executed."""
+
+    def __init__(self, waiting: set[str]):
+        self.waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        self.waiting.remove(fullname)
+        if not self.waiting:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _REGISTRATIONS[fullname](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Connect to transformers now if it is loaded, otherwise as soon as it is. Loads nothing itself; may be called again."""
+    waiting = set()
+    for name, register in _REGISTRATIONS.items():
+        module = sys.modules.get(name)
+        if module is None:
+            waiting.add(name)
+        else:
+            register(module)
+    known = [finder for finder in sys.meta_path if isinstance(finder, _RegisterAfterImport)]
+    for finder in known:
+        waiting -= finder.waiting
+    if waiting:
+        sys.meta_path.insert(0, _RegisterAfterImport(waiting))

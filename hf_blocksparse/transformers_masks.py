@@ -1,0 +1,445 @@
+"""What a transformers model asks of its attention mask, carried without a `length x length` tensor.
+
+transformers describes a mask by nested functions of `(batch, head, q_index, kv_index)` and asks the registered mask function to
+turn them into whatever the attention function reads. `make_mask` recognises causal, bidirectional, sliding-window, chunked,
+padded and packed masks and returns a `SequenceMask`: the table of sequences and a few plain values. Anything else is evaluated
+into a dense boolean mask: exact, at the price of `batch x query_len x kv_len` bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hf_blocksparse.sequences import Sequences
+
+_MASKING = "transformers.masking_utils"
+
+
+class SequenceMask(Tensor):
+    """A 4-D boolean mask `(batch, 1, query_len, kv_len)` without storage.
+
+    It is a tensor because transformers, accelerate and `generate` pass masks around as tensors: they move them between devices,
+    copy them and read their shape. Any other operation raises.
+
+    Attributes:
+        sequences: where the sequences lie in the batch.
+        is_causal: a query reads no later position.
+        window_tokens: `|i - j| < window_tokens`, or None.
+        chunk_tokens: `i // chunk_tokens == j // chunk_tokens`, or None.
+        dense: bool, broadcastable to (batch, heads, query_len, kv_len), on top of all the others, or None.
+        covers_batch: neither padding nor documents: every batch row is one sequence.
+        is_cross: queries and keys are not the same tokens.
+    """
+
+    sequences: Sequences
+    is_causal: bool
+    window_tokens: int | None
+    chunk_tokens: int | None
+    dense: Tensor | None
+    covers_batch: bool
+    is_cross: bool
+    _arguments: dict[str, Any] | None
+    _own_masks: dict[str, Tensor | None]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(
+        cls,
+        batch: int,
+        query_len: int,
+        kv_len: int,
+        sequences: Sequences,
+        *,
+        is_causal: bool = False,
+        window_tokens: int | None = None,
+        chunk_tokens: int | None = None,
+        dense: Tensor | None = None,
+        covers_batch: bool = False,
+        is_cross: bool = False,
+        arguments: dict[str, Any] | None = None,
+    ) -> SequenceMask:
+        mask = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (batch, 1, query_len, kv_len),
+            dtype=torch.bool,
+            device=sequences.table.device,
+        )
+        mask.sequences = sequences
+        mask.is_causal = is_causal
+        mask.window_tokens = window_tokens
+        mask.chunk_tokens = chunk_tokens
+        mask.dense = dense
+        mask.covers_batch = covers_batch
+        mask.is_cross = is_cross
+        mask._arguments = arguments
+        mask._own_masks = {}
+        return mask
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"SequenceMask(shape={tuple(self.shape)}, sequences={self.sequences.num_sequences}, "
+            f"is_causal={self.is_causal}, window_tokens={self.window_tokens}, "
+            f"chunk_tokens={self.chunk_tokens}, dense={self.dense is not None})"
+        )
+
+    def own_mask(self, implementation: str) -> Tensor | None:
+        """The mask that transformers' own `implementation` would have been given, made once for all layers that want it."""
+        if implementation not in self._own_masks:
+            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+            if self._arguments is None:
+                raise RuntimeError(
+                    f"attention_mask got {self!r} without the arguments it was made of; a layer that keeps its dense attention "
+                    "needs them; give the model a 2-D attention_mask, or name every layer in the layout."
+                )
+            self._own_masks[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+                **self._arguments
+            )
+        mask = self._own_masks[implementation]
+        return mask if mask is None else mask.to(self.device)
+
+    def _moved(self, device: torch.device | None) -> SequenceMask:
+        sequences, dense = self.sequences, self.dense
+        if device is not None and device != sequences.table.device:
+            sequences = replace(sequences, table=sequences.table.to(device), _items={})
+            dense = None if dense is None else dense.to(device)
+        batch, _, query_len, kv_len = self.shape
+        moved = SequenceMask(
+            batch,
+            query_len,
+            kv_len,
+            sequences,
+            is_causal=self.is_causal,
+            window_tokens=self.window_tokens,
+            chunk_tokens=self.chunk_tokens,
+            dense=dense,
+            covers_batch=self.covers_batch,
+            is_cross=self.is_cross,
+            arguments=self._arguments,
+        )
+        moved._own_masks = self._own_masks
+        return moved
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func in (aten.clone.default, aten.detach.default, aten.alias.default):
+            return args[0]._moved(None)
+        if func is aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+            return args[0]._moved(kwargs.get("device"))
+        if func is aten._has_compatible_shallow_copy_type.default:
+            return False
+        raise NotImplementedError(
+            f"attention_mask got the operation {func}; block_sparse attention passes its mask as a description without entries, "
+            "which can be copied and moved only; give the model its own 4-D boolean attention_mask, or use "
+            "attn_implementation='sdpa' for this model."
+        )
+
+
+@dataclass(frozen=True)
+class _Predicate:
+    """A recognised mask function, as a conjunction."""
+
+    is_causal: bool = False
+    lookback_tokens: int | None = None  # kv > q - lookback
+    reach_tokens: int | None = None  # |q - kv| <= reach
+    chunk_tokens: int | None = None
+    documents: Tensor | None = None  # [batch, length]
+
+    def joined(self, other: _Predicate) -> _Predicate | None:
+        def smaller(left: int | None, right: int | None) -> int | None:
+            return min((size for size in (left, right) if size is not None), default=None)
+
+        for name in ("chunk_tokens", "documents"):
+            if getattr(self, name) is not None and getattr(other, name) is not None:
+                return None
+        return _Predicate(
+            self.is_causal or other.is_causal,
+            smaller(self.lookback_tokens, other.lookback_tokens),
+            smaller(self.reach_tokens, other.reach_tokens),
+            self.chunk_tokens or other.chunk_tokens,
+            self.documents if other.documents is None else other.documents,
+        )
+
+    @property
+    def is_representable(self) -> bool:
+        # A look-back without causality is one-sided; packed chunks are counted from different origins in different releases.
+        one_sided = self.lookback_tokens is not None and not self.is_causal
+        return not one_sided and (self.chunk_tokens is None or self.documents is None)
+
+    @property
+    def window_tokens(self) -> int | None:
+        sizes = []
+        if self.lookback_tokens is not None:
+            sizes.append(self.lookback_tokens)
+        if self.reach_tokens is not None:
+            sizes.append(self.reach_tokens + 1)
+        return min(sizes, default=None)
+
+
+def _recognise(mask_function: Callable) -> _Predicate | None:
+    """The predicate that `mask_function` computes, or None where its structure is not one of transformers' own."""
+    if getattr(mask_function, "__module__", None) != _MASKING:
+        return None
+    code = getattr(mask_function, "__code__", None)
+    if code is None:
+        return None
+    cells = getattr(mask_function, "__closure__", None) or ()
+    held = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+    match mask_function.__qualname__.partition(".")[0]:
+        case "causal_mask_function":
+            return _Predicate(is_causal=True)
+        case "bidirectional_mask_function":
+            return _Predicate()
+        case "sliding_window_overlay":
+            return _Predicate(lookback_tokens=held["sliding_window"])
+        case "sliding_window_bidirectional_overlay":
+            return _Predicate(reach_tokens=held["sliding_window"])
+        case "chunked_overlay":
+            return _Predicate(chunk_tokens=held["chunk_size"])
+        case "packed_sequence_mask_function":
+            return _Predicate(documents=held["packed_sequence_mask"])
+        case "remap_positions_for_packed_sequence":
+            # Positions count from each document's start, which moves neither causality nor windows.
+            inner = _recognise(held["mask_function"])
+            return None if inner is None or inner.chunk_tokens is not None else inner
+        case "and_masks":
+            joined: _Predicate | None = _Predicate()
+            for part in held["mask_functions"]:
+                predicate = _recognise(part)
+                joined = None if predicate is None else joined.joined(predicate)
+                if joined is None:
+                    return None
+            return joined
+    return None
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> SequenceMask:
+    """The mask function registered with transformers: the arguments of `sdpa_mask`, a `SequenceMask` instead of its tensor.
+
+    Args:
+        q_offset, kv_offset: place of the first query and of the first key among all tokens so far.
+        attention_mask: bool `[batch, tokens so far]`, False for padding.
+        use_vmap: the model's user added mask functions, so nothing is assumed about them.
+    """
+    device = torch.device(device)
+    if isinstance(q_offset, Tensor):
+        # The cache counts on in place, before the last layer reads the mask.
+        q_offset = q_offset.clone()
+    arguments = dict(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+    predicate = None if use_vmap or mask_function is None else _recognise(mask_function)
+    if predicate is not None and not predicate.is_representable:
+        predicate = None
+    documents = None if predicate is None else predicate.documents
+    is_cross = (
+        predicate is not None
+        and not predicate.is_causal
+        and isinstance(q_offset, int)
+        and q_offset + q_length != kv_offset + kv_length
+    )
+    dense = None
+    covers_batch = False
+    if documents is not None and attention_mask is None:
+        sequences = Sequences.from_document_ids(documents.to(device))
+    elif is_cross:
+        sequences = Sequences.uniform(batch_size, q_length, kv_length, 0, device)
+        dense = None if attention_mask is None else attention_mask[:, None, None, :kv_length]
+    else:
+        sequences, has_holes, covers_batch = _sequences_of_padding(
+            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device
+        )
+        if has_holes and predicate is not None:
+            assert attention_mask is not None
+            width = kv_offset + kv_length - attention_mask.shape[1]
+            padded = torch.nn.functional.pad(attention_mask, (0, max(width, 0)))
+            dense = padded[:, None, None, kv_offset : kv_offset + kv_length]
+    if predicate is None or (documents is not None and attention_mask is not None):
+        predicate = _Predicate()
+        dense = _evaluate(arguments)
+    return SequenceMask(
+        batch_size,
+        q_length,
+        kv_length,
+        sequences,
+        is_causal=predicate.is_causal,
+        window_tokens=predicate.window_tokens,
+        chunk_tokens=predicate.chunk_tokens,
+        dense=dense,
+        covers_batch=covers_batch and dense is None,
+        is_cross=is_cross,
+        arguments=arguments,
+    )
+
+
+def _evaluate(arguments: dict[str, Any]) -> Tensor:
+    from transformers.masking_utils import sdpa_mask
+
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(**(arguments | always))
+
+
+def _sequences_of_padding(
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> tuple[Sequences, bool, bool]:
+    """One sequence per batch row, from its first to its last real token; whether padding lies between them; whether there is none.
+
+    Query rows that stand at padding belong to no sequence. With a static cache the keys end where the queries do, before the tensor.
+    """
+    is_static = isinstance(q_offset, Tensor)
+    has_holes = False
+    first: Tensor | int = 0
+    end: Tensor | int = q_offset + query_len
+    if attention_mask is not None:
+        if tuple(attention_mask.shape[:1]) != (batch,) or attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask got shape {tuple(attention_mask.shape)}; it must be (batch, length) with batch {batch}; "
+                "give one row per batch item."
+            )
+        length = attention_mask.shape[1]
+        if not is_static and length < q_offset + query_len:
+            raise ValueError(
+                f"attention_mask got {length} tokens; the queries end at token {q_offset + query_len}; "
+                "append ones for the tokens in the cache and the new ones."
+            )
+        place = torch.arange(length, device=device)
+        real = attention_mask.to(device)
+        first = torch.where(real, place, length).amin(1)
+        last = torch.where(real, place + 1, 0).amax(1)
+        state = torch.stack(((real.sum(1) < last - first).any(), real.all())).tolist()
+        has_holes = bool(state[0])
+        if state[1]:
+            first = 0
+        else:
+            end = torch.minimum(last, torch.as_tensor(end, device=device))
+    is_covering = isinstance(first, int)
+    covers_keys = is_covering and not is_static and end == kv_offset + kv_len
+    if covers_keys and not kv_offset:
+        return Sequences.uniform(batch, query_len, kv_len, q_offset, device), has_holes, True
+
+    def column(value: Tensor | int) -> Tensor:
+        return torch.as_tensor(value, device=device).expand(batch)
+
+    first, end, start = column(first), column(end), column(q_offset)
+    first_query = torch.maximum(first, start)
+    first_key = first.clamp(min=kv_offset)
+    table = torch.stack(
+        (
+            torch.arange(batch, device=device),
+            first_query - start,
+            (end - first_query).clamp(min=0),
+            first_query - first,
+            first_key - kv_offset,
+            (end.clamp(max=kv_offset + kv_len) - first_key).clamp(min=0),
+            first_key - first,
+        ),
+        1,
+    ).to(torch.int32)
+    positions_end = kv_offset + kv_len
+    sequences = Sequences(
+        table,
+        query_end=positions_end if is_static else q_offset + query_len,
+        key_end=positions_end,
+        max_query_rows=batch * query_len,
+        max_key_rows=batch * kv_len,
+        covers_queries=is_covering,
+        covers_keys=covers_keys,
+    )
+    return sequences, has_holes, is_covering
+
+
+_mask_of_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def mask_from_tensor(
+    attention_mask: Tensor, batch: int, query_len: int, kv_len: int
+) -> SequenceMask:
+    """The mask a user or a model gave as a 4-D tensor: bool (True may be read) or float (0 may be read, -inf may not).
+
+    It is exact and dense. Positions start at the first token that reads or is read; the keys end where the queries do.
+
+    Raises:
+        ValueError: a float mask holds anything but 0 and -inf (or its dtype's lowest number), or the shape does not fit.
+    """
+    known = _mask_of_tensor.get(attention_mask)
+    if known is not None and known[0] == attention_mask._version:
+        return known[1]
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2:] != (query_len, kv_len):
+        raise ValueError(
+            f"attention_mask got shape {shape}; it must be ({batch}, 1 or heads, {query_len}, {kv_len}), or 2-D "
+            "where the model builds its own mask; reshape it."
+        )
+    if query_len != kv_len:
+        raise NotImplementedError(
+            f"attention_mask got a tensor of {query_len} queries and {kv_len} keys; it does not say where among the keys the queries "
+            "stand, which a layout needs; give a 2-D attention_mask (the model builds the rest), or run without a cache."
+        )
+    if attention_mask.dtype == torch.bool:
+        dense = (
+            attention_mask.data
+        )  # not the tensor itself: a value that holds its key would never be freed
+    else:
+        dense = attention_mask == 0
+        lowest = torch.finfo(attention_mask.dtype).min
+        if not bool((dense | (attention_mask <= lowest)).all()):
+            raise ValueError(
+                f"attention_mask got {attention_mask.dtype} entries that are neither 0 nor -inf; block_sparse attention adds no bias "
+                "to its scores; give a boolean mask (True may be read), or use attn_implementation='sdpa'."
+            )
+    is_used = (dense.any(3) | dense.any(2)).any(1)
+    place = torch.arange(kv_len, device=dense.device)
+    first = torch.where(is_used, place, kv_len).amin(1).expand(batch)
+    length = kv_len - first
+    zeros = torch.zeros_like(first)
+    rows = torch.arange(batch, device=dense.device)
+    table = torch.stack((rows, first, length, zeros, first, length, zeros), 1).to(torch.int32)
+    sequences = Sequences(
+        table,
+        query_end=query_len,
+        key_end=kv_len,
+        max_query_rows=batch * query_len,
+        max_key_rows=batch * kv_len,
+        covers_queries=False,
+        covers_keys=False,
+    )
+    mask = SequenceMask(batch, query_len, kv_len, sequences, dense=dense)
+    _mask_of_tensor[attention_mask] = (attention_mask._version, mask)
+    return mask
