@@ -79,7 +79,11 @@ class BlockSparseAttention(nn.Module):
         _check_probability("dropout", dropout)
         if isinstance(layout, Tensor):
             block_size = 16 if block_size is None else block_size
-            if num_heads is not None and layout.dim() == 3 and layout.shape[0] not in (1, num_heads):
+            if (
+                num_heads is not None
+                and layout.dim() == 3
+                and layout.shape[0] not in (1, num_heads)
+            ):
                 raise ValueError(
                     f"num_heads got {num_heads} for a layout of {layout.shape[0]} heads; they must be equal; "
                     "give one matrix for all heads or one per head."

@@ -317,7 +317,9 @@ def test_parameters_have_xformers_names_and_start_like_torch():
     for projection in dispatch.in_proj_container.values():
         assert 0.9 * bound < projection.weight.abs().max() <= bound
     assert all(p.abs().max() == 0 for name, p in dispatch.named_parameters() if "bias" in name)
-    without = MultiHeadDispatch(EMBEDDING, HEADS, BlockSparseAttention(torch.ones(2, 2)), bias=False)
+    without = MultiHeadDispatch(
+        EMBEDDING, HEADS, BlockSparseAttention(torch.ones(2, 2)), bias=False
+    )
     assert not [name for name in without.state_dict() if "bias" in name]
 
 
@@ -338,7 +340,11 @@ def test_modules_copy_and_pickle_after_use():
             "att_mask got the value -inf; it must hold 0 and 1 only, .* convert an additive mask "
             "with `att_mask == 0`",
         ),
-        ("att_mask", torch.full((32, 32), float("nan")), "att_mask got the value nan; it must hold"),
+        (
+            "att_mask",
+            torch.full((32, 32), float("nan")),
+            "att_mask got the value nan; it must hold",
+        ),
         ("att_mask", torch.zeros(32, 32), "att_mask got zeros only; 0 hides a key"),
         ("att_mask", causal_mask(31), r"att_mask got shape \(31, 31\); its last two axes must be"),
         ("att_mask", torch.ones(32), r"att_mask got shape \(32,\); its last two axes must be"),
@@ -406,7 +412,9 @@ def test_wrong_inputs_are_refused_at_the_call():
         attention(*(tensor[:, :2] for tensor in make_qkv(32, 32)))
     with pytest.raises(ValueError, match="which reach 32 query and 32 key positions"):
         attention(*make_qkv(33, 33))
-    with pytest.raises(ValueError, match=r"key got shape \(1, 20, 63\); it must be \[batch, length"):
+    with pytest.raises(
+        ValueError, match=r"key got shape \(1, 20, 63\); it must be \[batch, length"
+    ):
         make_dispatch(attention)(
             torch.zeros(1, 20, EMBEDDING, dtype=torch.float64), key=torch.zeros(1, 20, 63)
         )
