@@ -1,0 +1,417 @@
+"""Backward kernels: per-row terms, then dQ by rows and dK/dV by columns, both without atomics.
+
+Scores are in units of log2 (see `tiles`). With probabilities recomputed from the log-sum-exp, `keep` and `c` the mask
+and the factor of dropout, and `slope = 1 - tanh^2` with a softcap, 1 without ("FlashAttention-2", arXiv 2307.08691,
+algorithm 2):
+
+    p_ij    = 2^(s_ij - log2(e) * lse_i)
+    delta_i = <dO_i, O_i> - dLSE_i
+    dS_ij   = p_ij * (c * keep_ij * <dO_i, v_j> - delta_i) * slope_ij
+    dQ_i    = scale * sum_j dS_ij k_j
+    dK_j    = scale * sum_i dS_ij q_i
+    dV_j    = c * sum_i keep_ij p_ij dO_i
+
+dK and dV work on the transposed tile `S^T = K Q^T`, so that P^T and dS^T enter their products as they are.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_blocksparse.ops.triton.tiles import (
+    clip_entries,
+    dropout_keeps,
+    edge_entry,
+    load_bits,
+    load_list,
+    load_rows,
+    load_rows_between,
+    load_sequence,
+    row_pointers,
+    store_rows_between,
+    tanh,
+)
+
+
+@triton.jit
+def row_terms_kernel(
+    out,
+    grad_out,
+    lse,
+    grad_lse,
+    log2_sums,
+    deltas,
+    num_rows,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid: (row tiles, query heads, batch). `log2_sums` = log2(e) * lse, +inf for rows without keys; `deltas`.
+
+    With `p = 2^(s - inf) = 0` such rows contribute nothing anywhere. The pointer of `grad_lse` may be None.
+    """
+    first_row = tl.program_id(0) * TILE
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    rows = first_row + tl.arange(0, TILE)
+    exists = rows < num_rows
+    out_tile = load_rows_between(
+        out, batch, head, first_row, 0, num_rows, TILE, VALUE_DIM, VALUE_DIM_PADDED
+    )
+    grad_tile = load_rows_between(
+        grad_out, batch, head, first_row, 0, num_rows, TILE, VALUE_DIM, VALUE_DIM_PADDED
+    )
+    row_lse = tl.load(row_pointers(lse, batch, head) + rows, mask=exists, other=0.0)
+    delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    if grad_lse.pointer is not None:
+        delta -= tl.load(
+            row_pointers(grad_lse, batch, head) + rows.to(tl.int64) * grad_lse.strides[2],
+            mask=exists,
+            other=0.0,
+        )
+    empty = row_lse == float("-inf")
+    log2_sum = tl.where(empty, float("inf"), row_lse * 1.4426950408889634)
+    tl.store(row_pointers(log2_sums, batch, head) + rows, log2_sum, mask=exists)
+    tl.store(row_pointers(deltas, batch, head) + rows, tl.where(empty, 0.0, delta), mask=exists)
+
+
+@triton.jit
+def accumulate_grad_query(
+    grad_query,
+    query_tile,
+    grad_out_tile,
+    log2_sum,
+    delta,
+    key_tile,
+    value_tile,
+    kept,
+    query_rows,
+    first_key_row,
+    batch_head,
+    score_scale,
+    softcap_scale,
+    dropout,
+    INPUT_PRECISION: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    """Adds one key tile's part of dQ / scale. `kept`: bool [tile_q, tile_kv], or None where every coefficient is."""
+    raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
+    if softcap_scale is not None:
+        raw = tanh(raw * softcap_scale)
+    probabilities = tl.exp2(raw * score_scale - log2_sum[:, None])
+    if kept is not None:
+        probabilities = tl.where(kept, probabilities, 0.0)
+    grad_probabilities = tl.dot(grad_out_tile, value_tile.T, input_precision=INPUT_PRECISION)
+    if dropout is not None:
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        keeps = dropout_keeps(dropout, query_rows[:, None], key_rows[None, :], batch_head)
+        grad_probabilities = tl.where(keeps, grad_probabilities * dropout.keep_scale, 0.0)
+    grad_scores = probabilities * (grad_probabilities - delta[:, None])
+    if softcap_scale is not None:
+        grad_scores *= 1.0 - raw * raw
+    return tl.dot(
+        grad_scores.to(key_tile.dtype), key_tile, grad_query, input_precision=INPUT_PRECISION
+    )
+
+
+@triton.jit
+def grad_query_kernel(
+    query,
+    key,
+    value,
+    grad_out,
+    log2_sums,
+    deltas,
+    grad_query,
+    items,
+    table,
+    lists,
+    scale,
+    score_scale,
+    softcap_scale,
+    dropout,
+    group_size,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Grid: (items, query heads). Writes the rows of `grad_query` that the item's sequence owns.
+
+    Arguments as in `forward_kernel`; `scale` is the factor of the scores in natural units.
+    """
+    item = items + tl.program_id(0) * 2
+    head = tl.program_id(1)
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    tile = tl.load(item + 1)
+    batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
+    begin, partial_begin, end = load_list(lists, sequence, head, tile)
+    batch_head = batch * tl.num_programs(1) + head
+    kv_head = head // group_size
+    kv_end = kv_row + kv_len
+    kv_shift = kv_row - kv_pos
+
+    first_query_row = tile * TILE_Q - q_pos + q_row
+    query_rows = first_query_row + tl.arange(0, TILE_Q)
+    owned = (query_rows >= q_row) & (query_rows < q_row + q_len)
+    query_tile = load_rows_between(
+        query, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+    )
+    grad_out_tile = load_rows_between(
+        grad_out, batch, head, first_query_row, q_row, q_row + q_len,
+        TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
+    )  # fmt: skip
+    log2_sum = tl.load(
+        row_pointers(log2_sums, batch, head) + query_rows, mask=owned, other=float("inf")
+    )
+    delta = tl.load(row_pointers(deltas, batch, head) + query_rows, mask=owned, other=0.0)
+    accumulator = tl.zeros([TILE_Q, HEAD_DIM_PADDED], tl.float32)
+
+    full_first, full_last, full_start, full_stop = clip_entries(
+        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_KV
+    )
+    for entry in tl.range(full_first, full_last):
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        value_tile = load_rows(
+            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator = accumulate_grad_query(
+            accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    partial_first, partial_last, partial_start, partial_stop = clip_entries(
+        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_KV
+    )
+    for entry in tl.range(partial_first, partial_last):
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        value_tile = load_rows(
+            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator = accumulate_grad_query(
+            accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    num_edges = full_start + full_stop + partial_start + partial_stop
+    for edge in tl.range(0, num_edges, num_stages=1):
+        entry = edge_entry(
+            edge, full_first, full_last, full_start, full_stop,
+            partial_first, partial_last, partial_start,
+        )  # fmt: skip
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
+        key_tile = load_rows_between(
+            key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
+        value_tile = load_rows_between(
+            value, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator = accumulate_grad_query(
+            accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    store_rows_between(
+        grad_query, accumulator * scale, batch, head, first_query_row, q_row, q_row + q_len,
+        TILE_Q, HEAD_DIM, HEAD_DIM_PADDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def accumulate_grad_key_value(
+    grad_key,
+    grad_value,
+    key_tile,
+    value_tile,
+    query_tile,
+    grad_out_tile,
+    log2_sum,
+    delta,
+    kept,
+    key_rows,
+    first_query_row,
+    batch_head,
+    score_scale,
+    softcap_scale,
+    dropout,
+    INPUT_PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr,
+):
+    """Adds one query tile's part of dK / scale and dV / c. `kept`: bool [tile_kv, tile_q], or None."""
+    raw = tl.dot(key_tile, query_tile.T, input_precision=INPUT_PRECISION)
+    if softcap_scale is not None:
+        raw = tanh(raw * softcap_scale)
+    probabilities = tl.exp2(raw * score_scale - log2_sum[None, :])
+    if kept is not None:
+        probabilities = tl.where(kept, probabilities, 0.0)
+    grad_probabilities = tl.dot(value_tile, grad_out_tile.T, input_precision=INPUT_PRECISION)
+    dropped = probabilities
+    if dropout is not None:
+        query_rows = first_query_row + tl.arange(0, TILE_Q)
+        keeps = dropout_keeps(dropout, query_rows[None, :], key_rows[:, None], batch_head)
+        dropped = tl.where(keeps, probabilities, 0.0)
+        grad_probabilities = tl.where(keeps, grad_probabilities * dropout.keep_scale, 0.0)
+    grad_value = tl.dot(
+        dropped.to(grad_out_tile.dtype), grad_out_tile, grad_value, input_precision=INPUT_PRECISION
+    )
+    grad_scores = probabilities * (grad_probabilities - delta[None, :])
+    if softcap_scale is not None:
+        grad_scores *= 1.0 - raw * raw
+    grad_key = tl.dot(
+        grad_scores.to(query_tile.dtype), query_tile, grad_key, input_precision=INPUT_PRECISION
+    )
+    return grad_key, grad_value
+
+
+@triton.jit
+def grad_key_value_kernel(
+    query,
+    key,
+    value,
+    grad_out,
+    log2_sums,
+    deltas,
+    grad_key,
+    grad_value,
+    items,
+    table,
+    lists,
+    scale,
+    score_scale,
+    softcap_scale,
+    dropout,
+    group_size,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Grid: (items, key heads). Writes the rows of `grad_key` and `grad_value` that the item's sequence owns.
+
+    `items`: `Sequences.kv_items`; `lists`: TileLists of the key tiles. One program sums over the query heads of its
+    group, each with its own list.
+    """
+    item = items + tl.program_id(0) * 2
+    kv_head = tl.program_id(1)
+    num_query_heads = tl.num_programs(1) * group_size
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    tile = tl.load(item + 1)
+    batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
+    q_end = q_row + q_len
+    q_shift = q_row - q_pos
+
+    first_key_row = tile * TILE_KV - kv_pos + kv_row
+    key_rows = first_key_row + tl.arange(0, TILE_KV)
+    key_tile = load_rows_between(
+        key, batch, kv_head, first_key_row, kv_row, kv_row + kv_len,
+        TILE_KV, HEAD_DIM, HEAD_DIM_PADDED,
+    )  # fmt: skip
+    value_tile = load_rows_between(
+        value, batch, kv_head, first_key_row, kv_row, kv_row + kv_len,
+        TILE_KV, VALUE_DIM, VALUE_DIM_PADDED,
+    )  # fmt: skip
+    key_sum = tl.zeros([TILE_KV, HEAD_DIM_PADDED], tl.float32)
+    value_sum = tl.zeros([TILE_KV, VALUE_DIM_PADDED], tl.float32)
+
+    for member in range(group_size):
+        head = kv_head * group_size + member
+        begin, partial_begin, end = load_list(lists, sequence, head, tile)
+        batch_head = batch * num_query_heads + head
+        head_log2_sums = row_pointers(log2_sums, batch, head)
+        head_deltas = row_pointers(deltas, batch, head)
+
+        full_first, full_last, full_start, full_stop = clip_entries(
+            lists.indices, begin, partial_begin, q_pos, q_pos + q_len, TILE_Q
+        )
+        for entry in tl.range(full_first, full_last):
+            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
+            query_rows = first_query_row + tl.arange(0, TILE_Q)
+            query_tile = load_rows(
+                query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+            )
+            grad_out_tile = load_rows(
+                grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
+            )
+            log2_sum = tl.load(head_log2_sums + query_rows)
+            delta = tl.load(head_deltas + query_rows)
+            key_sum, value_sum = accumulate_grad_key_value(
+                key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                log2_sum, delta, None, key_rows, first_query_row, batch_head,
+                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+            )  # fmt: skip
+
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, q_pos, q_pos + q_len, TILE_Q
+        )
+        for entry in tl.range(partial_first, partial_last):
+            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
+            query_rows = first_query_row + tl.arange(0, TILE_Q)
+            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
+            query_tile = load_rows(
+                query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+            )
+            grad_out_tile = load_rows(
+                grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
+            )
+            log2_sum = tl.load(head_log2_sums + query_rows)
+            delta = tl.load(head_deltas + query_rows)
+            key_sum, value_sum = accumulate_grad_key_value(
+                key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                log2_sum, delta, kept, key_rows, first_query_row, batch_head,
+                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+            )  # fmt: skip
+
+        num_edges = full_start + full_stop + partial_start + partial_stop
+        for edge in tl.range(0, num_edges, num_stages=1):
+            entry = edge_entry(
+                edge, full_first, full_last, full_start, full_stop,
+                partial_first, partial_last, partial_start,
+            )  # fmt: skip
+            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
+            query_rows = first_query_row + tl.arange(0, TILE_Q)
+            owned = (query_rows >= q_row) & (query_rows < q_end)
+            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
+            query_tile = load_rows_between(
+                query, batch, head, first_query_row, q_row, q_end, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+            )
+            grad_out_tile = load_rows_between(
+                grad_out, batch, head, first_query_row, q_row, q_end,
+                TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
+            # Rows of nobody get p = 2^(s - inf) = 0.
+            log2_sum = tl.load(head_log2_sums + query_rows, mask=owned, other=float("inf"))
+            delta = tl.load(head_deltas + query_rows, mask=owned, other=0.0)
+            key_sum, value_sum = accumulate_grad_key_value(
+                key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                log2_sum, delta, kept, key_rows, first_query_row, batch_head,
+                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+            )  # fmt: skip
+
+    store_rows_between(
+        grad_key, key_sum * scale, batch, kv_head, first_key_row, kv_row, kv_row + kv_len,
+        TILE_KV, HEAD_DIM, HEAD_DIM_PADDED,
+    )  # fmt: skip
+    if dropout is not None:
+        value_sum *= dropout.keep_scale
+    store_rows_between(
+        grad_value, value_sum, batch, kv_head, first_key_row, kv_row, kv_row + kv_len,
+        TILE_KV, VALUE_DIM, VALUE_DIM_PADDED,
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""Forward kernel: output and log-sum-exp of one query tile of one head.
+
+With scores in units of log2 (see `tiles`), a row is walked once with a running maximum `m`, as in "FlashAttention"
+(arXiv 2205.14135, algorithm 1) and "Online normalizer calculation for softmax" (arXiv 1805.02867):
+
+    m'   = max(m, max_j s_ij)          p_ij = 2^(s_ij - m')
+    sum' = sum * 2^(m - m') + sum_j p_ij
+    out' = out * 2^(m - m') + sum_j dropout(p_ij) v_j
+
+and at the end `out / sum` and `lse = ln(2) * (m + log2(sum))`. A sink logit is a key with no value: it starts the row.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_blocksparse.ops.triton.tiles import (
+    clip_entries,
+    dropout_keeps,
+    edge_entry,
+    load_bits,
+    load_list,
+    load_rows,
+    load_rows_between,
+    load_sequence,
+    row_pointers,
+    store_rows_between,
+    tanh,
+)
+
+
+@triton.jit
+def accumulate_keys(
+    accumulator,
+    running_max,
+    running_sum,
+    query_tile,
+    key_tile,
+    value_tile,
+    kept,
+    query_rows,
+    first_key_row,
+    batch_head,
+    score_scale,
+    softcap_scale,
+    dropout,
+    INPUT_PRECISION: tl.constexpr,
+    TILE_KV: tl.constexpr,
+):
+    """One step of the recurrence. `kept`: bool [tile_q, tile_kv], or None where every coefficient is."""
+    raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
+    if softcap_scale is not None:
+        raw = tanh(raw * softcap_scale)
+    if kept is not None:
+        raw = tl.where(kept, raw, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(raw, 1) * score_scale)
+    probabilities = tl.exp2(raw * score_scale - new_max[:, None])
+    shrink = tl.exp2(running_max - new_max)
+    running_sum = running_sum * shrink + tl.sum(probabilities, 1)
+    if dropout is not None:
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        keeps = dropout_keeps(dropout, query_rows[:, None], key_rows[None, :], batch_head)
+        probabilities = tl.where(keeps, probabilities, 0.0)
+    accumulator = tl.dot(
+        probabilities.to(value_tile.dtype),
+        value_tile,
+        accumulator * shrink[:, None],
+        input_precision=INPUT_PRECISION,
+    )
+    return accumulator, new_max, running_sum
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    sinks,
+    out,
+    lse,
+    items,
+    table,
+    lists,
+    score_scale,
+    softcap_scale,
+    dropout,
+    group_size,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Grid: (items, query heads). Writes the rows of `out` and `lse` that the item's sequence owns.
+
+    `query`, `key`, `value`, `out`, `lse`: StridedRows; `items`: `Sequences.q_items`; `table`: `Sequences.table`;
+    `lists`: TileLists of the query tiles; `sinks`, `softcap_scale`, `dropout`: None where unused.
+    """
+    item = items + tl.program_id(0) * 2
+    head = tl.program_id(1)
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    tile = tl.load(item + 1)
+    batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
+    begin, partial_begin, end = load_list(lists, sequence, head, tile)
+    batch_head = batch * tl.num_programs(1) + head
+    kv_head = head // group_size
+    kv_end = kv_row + kv_len
+    kv_shift = kv_row - kv_pos  # from positions to rows
+
+    first_query_row = tile * TILE_Q - q_pos + q_row
+    query_rows = first_query_row + tl.arange(0, TILE_Q)
+    query_tile = load_rows_between(
+        query, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+    )
+
+    accumulator = tl.zeros([TILE_Q, VALUE_DIM_PADDED], tl.float32)
+    # A finite floor for the maximum: rows that have met no key yet never see inf - inf.
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        floor = tl.maximum(sink, -3.0e38)
+        running_max = tl.zeros([TILE_Q], tl.float32) + floor
+        running_sum = tl.zeros([TILE_Q], tl.float32) + tl.exp2(sink - floor)
+    else:
+        running_max = tl.full([TILE_Q], -3.0e38, tl.float32)
+        running_sum = tl.zeros([TILE_Q], tl.float32)
+
+    full_first, full_last, full_start, full_stop = clip_entries(
+        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_KV
+    )
+    for entry in tl.range(full_first, full_last):
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        value_tile = load_rows(
+            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator, running_max, running_sum = accumulate_keys(
+            accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    partial_first, partial_last, partial_start, partial_stop = clip_entries(
+        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_KV
+    )
+    for entry in tl.range(partial_first, partial_last):
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        value_tile = load_rows(
+            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator, running_max, running_sum = accumulate_keys(
+            accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    num_edges = full_start + full_stop + partial_start + partial_stop
+    for edge in tl.range(0, num_edges, num_stages=1):
+        entry = edge_entry(
+            edge, full_first, full_last, full_start, full_stop,
+            partial_first, partial_last, partial_start,
+        )  # fmt: skip
+        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
+        key_tile = load_rows_between(
+            key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
+        value_tile = load_rows_between(
+            value, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+        )
+        accumulator, running_max, running_sum = accumulate_keys(
+            accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
+            INPUT_PRECISION, TILE_KV,
+        )  # fmt: skip
+
+    is_empty = running_sum == 0.0
+    divisor = tl.where(is_empty, 1.0, running_sum)
+    row_lse = (running_max + tl.log2(divisor)) * 0.6931471805599453
+    row_lse = tl.where(is_empty, float("-inf"), row_lse)
+    if dropout is not None:
+        divisor = divisor / dropout.keep_scale
+    store_rows_between(
+        out, accumulator / divisor[:, None], batch, head, first_query_row, q_row, q_row + q_len,
+        TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
+    )  # fmt: skip
+    owned = (query_rows >= q_row) & (query_rows < q_row + q_len)
+    tl.store(row_pointers(lse, batch, head) + query_rows, row_lse, mask=owned)

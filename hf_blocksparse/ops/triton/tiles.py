@@ -1,0 +1,249 @@
+"""Parts the kernels share: arguments, work items, lists, tile loads, mask bits, dropout, softcap.
+
+Kernels work on scores in units of log2: `raw = <q, k>` (or `tanh(softcap_scale * raw)` with a softcap), the score is
+`score_scale * raw` with log2(e) folded into `score_scale` on the host, so that probabilities are powers of two.
+
+Three kinds of tiles meet in a row of the block index, and each has its own loop:
+
+- *full* tiles wholly inside the sequence: no mask;
+- *partial* tiles wholly inside the sequence: bits of the bank;
+- *edges*, at most four: the first and last of both lists when they straddle an end of the sequence. Their rows
+  outside the sequence belong to somebody else: they are not read, and masked.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class StridedRows(NamedTuple):
+    """A tensor [batch, heads, rows, dim] (or [batch, heads, rows]) with a contiguous last axis.
+
+    `strides` are those of batch, head and row, in elements. `descriptor` is a tensor descriptor of blocks
+    [1, 1, tile, padded dim], or None where the hardware or the strides do not allow one.
+    """
+
+    pointer: Any
+    strides: tuple[Any, Any, Any]
+    descriptor: Any = None
+
+
+class TileLists(NamedTuple):
+    """One direction of a block index: the lists of one axis' tiles along the other axis."""
+
+    list_of: Any
+    sequence_stride: Any
+    head_stride: Any
+    offsets: Any
+    num_full: Any
+    indices: Any
+    mask_ids: Any
+    bank: Any
+    num_tiles: Any
+
+
+class Dropout(NamedTuple):
+    """`seed`: pointer to int64; `threshold`: round(p * 2**32) as the int32 with the same bits; `keep_scale`: 1 / (1 - p)."""
+
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+
+
+@triton.jit
+def load_sequence(table, sequence):
+    """The row of the sequence table: batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos."""
+    row = table + sequence * 7
+    batch = tl.load(row)
+    q_row = tl.load(row + 1)
+    q_len = tl.load(row + 2)
+    q_pos = tl.load(row + 3)
+    kv_row = tl.load(row + 4)
+    kv_len = tl.load(row + 5)
+    kv_pos = tl.load(row + 6)
+    return batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos
+
+
+@triton.jit
+def load_list(lists, sequence, head, tile):
+    """Where the list of `tile` lies: begin of the full entries, begin of the partial ones, end."""
+    number = tl.load(lists.list_of + sequence * lists.sequence_stride + head * lists.head_stride).to(tl.int64)
+    offset = lists.offsets + number * (lists.num_tiles + 1) + tile
+    begin = tl.load(offset)
+    end = tl.load(offset + 1)
+    partial_begin = begin + tl.load(lists.num_full + number * lists.num_tiles + tile)
+    return begin, partial_begin, end
+
+
+@triton.jit
+def first_at_least(indices, begin, end, bound):
+    """The first entry of the ascending `indices[begin:end]` that is at least `bound`; `end` if none is."""
+    smallest = tl.load(indices + begin, mask=begin < end, other=0)
+    largest = tl.load(indices + end - 1, mask=begin < end, other=0)
+    # The ends settle the common case, in which nothing is clipped, without a step of the search.
+    low = tl.where(largest < bound, end, begin)
+    high = tl.where(smallest >= bound, low, end)
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(indices + middle) < bound:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def clip_entries(indices, begin, end, start, stop, TILE: tl.constexpr):
+    """Clips the ascending `indices[begin:end]` to the positions `[start, stop)`.
+
+    Returns the entries `[inside_begin, inside_end)` wholly inside, and how many entries, 0 or 1, straddle the start
+    (entry `inside_begin - 1`) and the stop (entry `inside_end`).
+    """
+    first = first_at_least(indices, begin, end, start // TILE)
+    last = first_at_least(indices, first, end, (stop + TILE - 1) // TILE)
+    first_tile = tl.load(indices + first, mask=first < last, other=0)
+    last_tile = tl.load(indices + last - 1, mask=first < last, other=0)
+    cuts_start = tl.where((first < last) & (first_tile * TILE < start), 1, 0)
+    inside_begin = first + cuts_start
+    cuts_stop = tl.where((inside_begin < last) & ((last_tile + 1) * TILE > stop), 1, 0)
+    # A tile can straddle both ends of a short sequence: it counts once, as one that straddles the start.
+    return inside_begin, last - cuts_stop, cuts_start, cuts_stop
+
+
+@triton.jit
+def edge_entry(
+    edge, full_begin, full_end, full_start, full_stop, partial_begin, partial_end, partial_start
+):
+    """The entry of the edge with number `edge`: full at the start, full at the stop, partial at the start, at the stop."""
+    entry = tl.where(edge < full_start + full_stop + partial_start, partial_begin - 1, partial_end)
+    entry = tl.where(edge < full_start + full_stop, full_end, entry)
+    return tl.where(edge < full_start, full_begin - 1, entry)
+
+
+@triton.jit
+def row_pointers(tensor, batch, head):
+    """Pointer to row 0 of one head."""
+    return (
+        tensor.pointer + batch.to(tl.int64) * tensor.strides[0] + head.to(tl.int64) * tensor.strides[1]
+    )
+
+
+@triton.jit
+def load_rows(
+    tensor, batch, head, first_row, TILE: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr
+):
+    """[TILE, DIM_PADDED] rows from `first_row` on, all of which exist; zero past DIM."""
+    if tensor.descriptor is not None:
+        return tensor.descriptor.load([batch, head, first_row, 0]).reshape([TILE, DIM_PADDED])
+    else:
+        rows = (first_row + tl.arange(0, TILE)).to(tl.int64)
+        dims = tl.arange(0, DIM_PADDED)
+        pointers = row_pointers(tensor, batch, head) + rows[:, None] * tensor.strides[2] + dims[None, :]
+        if DIM == DIM_PADDED:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
+
+
+@triton.jit
+def load_rows_between(
+    tensor,
+    batch,
+    head,
+    first_row,
+    row_begin,
+    row_end,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """[TILE, DIM_PADDED] rows from `first_row` on; zero outside `[row_begin, row_end)` and past DIM."""
+    rows = first_row + tl.arange(0, TILE)
+    dims = tl.arange(0, DIM_PADDED)
+    pointers = (
+        row_pointers(tensor, batch, head)
+        + rows.to(tl.int64)[:, None] * tensor.strides[2]
+        + dims[None, :]
+    )
+    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (dims < DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows_between(
+    tensor,
+    values,
+    batch,
+    head,
+    first_row,
+    row_begin,
+    row_end,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """Stores [TILE, DIM_PADDED] rows from `first_row` on, those inside `[row_begin, row_end)` only."""
+    rows = first_row + tl.arange(0, TILE)
+    dims = tl.arange(0, DIM_PADDED)
+    pointers = (
+        row_pointers(tensor, batch, head)
+        + rows.to(tl.int64)[:, None] * tensor.strides[2]
+        + dims[None, :]
+    )
+    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (dims < DIM)[None, :]
+    tl.store(pointers, values.to(tensor.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_bits(bank, mask_id, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which coefficients bank entry `mask_id` keeps, all for -1: bool [TILE_Q, TILE_KV], or its transpose.
+
+    Words are loaded by query row alone and spread over the keys in registers.
+    """
+    WORDS: tl.constexpr = (TILE_KV + 31) // 32
+    queries = tl.arange(0, TILE_Q)
+    keys = tl.arange(0, TILE_KV)
+    words = bank + (mask_id.to(tl.int64) * TILE_Q + queries) * WORDS
+    is_partial = (mask_id + queries * 0) >= 0
+    if TRANSPOSED:
+        kept = tl.zeros([TILE_KV, TILE_Q], tl.int32)
+        for word in tl.static_range(WORDS):
+            packed = tl.load(words + word, mask=is_partial, other=-1)
+            kept = tl.where((keys // 32 == word)[:, None], packed[None, :] >> (keys % 32)[:, None], kept)
+    else:
+        kept = tl.zeros([TILE_Q, TILE_KV], tl.int32)
+        for word in tl.static_range(WORDS):
+            packed = tl.load(words + word, mask=is_partial, other=-1)
+            kept = tl.where((keys // 32 == word)[None, :], packed[:, None] >> (keys % 32)[None, :], kept)
+    return (kept & 1) != 0
+
+
+@triton.jit
+def dropout_keeps(dropout, query_rows, key_rows, batch_head):
+    """Which coefficients dropout keeps, for tensor rows that broadcast to the tile's shape.
+
+    Philox4x32-10 with counter (query row, key row, batch * heads + head, 0): the same bits in every kernel, whatever
+    its tiles.
+    """
+    query_rows, key_rows = tl.broadcast(query_rows, key_rows)
+    word, _, _, _ = tl.philox(tl.load(dropout.seed), query_rows, key_rows, batch_head, 0)
+    return word >= tl.full([], dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in float32, within about two rounding units everywhere.
+
+    `(1 - e) / (1 + e)` with `e = exp(-2 |x|)` cancels near 0; there a polynomial fitted by least squares takes over.
+    """
+    magnitude = tl.abs(x)
+    decay = tl.exp2(magnitude * -2.8853900817779268)  # 2 * log2(e)
+    far = (1.0 - decay) / (1.0 + decay)
+    square = x * x
+    series = -0.0058939453 * square + 0.0207946177
+    series = series * square - 0.053783293
+    series = series * square + 0.133319153
+    series = series * square - 0.333332975
+    near = x + x * (square * series)
+    return tl.where(magnitude < 0.6, near, tl.where(x < 0, -far, far))

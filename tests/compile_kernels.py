@@ -1,0 +1,225 @@
+"""Compiles the kernels for a GPU that need not be here, with the tile sizes that GPU would get.
+
+    python tests/compile_kernels.py sm_90
+
+prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory.
+A program of its own because Triton decides at import whether it interprets or compiles.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_blocksparse.ops.triton.backward import (
+    grad_key_value_kernel,
+    grad_query_kernel,
+    row_terms_kernel,
+)
+from hf_blocksparse.ops.triton.forward import forward_kernel
+from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
+from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = {
+    "forward": forward_kernel,
+    "grad_query": grad_query_kernel,
+    "grad_key_value": grad_key_value_kernel,
+}
+ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What differs between compilations of one kernel."""
+
+    dtype: str
+    head_dim: int
+    block_size: int
+    value_dim: int | None = None
+    features: bool = False  # softcap, dropout and sinks
+    aligned: bool = True  # as tensor descriptors need it
+    group_size: int = 4
+
+
+# Every head size, dtype, grain of tiles, and features on and off, at least once; not their product.
+CASES = (
+    Case("bf16", 64, 128),
+    Case("bf16", 128, 128, group_size=1),
+    Case("bf16", 128, 1, features=True),
+    Case("fp16", 128, 64, aligned=False),
+    Case("fp16", 80, 32, value_dim=64, features=True),
+    Case("bf16", 256, 64),
+    Case("fp16", 256, 16, features=True),
+    Case("fp32", 64, 64, features=True),
+    Case("fp32", 256, 16),
+)
+
+
+class Constant:
+    """A value that is known when the kernel is compiled."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A run-time argument: its type, and whether it is a multiple of 16."""
+
+    type: str
+    divisible: bool = False
+
+
+INT = Argument("i32")
+FLOAT = Argument("fp32")
+
+
+def padded(size: int) -> int:
+    return triton.next_power_of_2(size)
+
+
+def pointer(dtype: str) -> Argument:
+    return Argument(f"*{dtype}", divisible=True)
+
+
+def rows(case: Case, dtype: str, dim: int, tile: int | None = None) -> StridedRows:
+    stride = Argument("i32", divisible=case.aligned)
+    descriptor = Constant(None)
+    if tile is not None:
+        descriptor = Argument(f"tensordesc<{dtype}[1,1,{tile},{padded(dim)}]>")
+    return StridedRows(pointer(dtype), (stride, stride, stride), descriptor)
+
+
+def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool) -> dict[str, Any]:
+    """Arguments of `KERNELS[name]` by parameter, as the launcher makes them."""
+    value_dim = case.value_dim or case.head_dim
+    stationary_is_query = name != "grad_key_value"
+    tile = sizes.tile_kv if stationary_is_query else sizes.tile_q
+    streamed = tile if descriptors and case.aligned else None
+    query_tile, key_tile = (None, streamed) if stationary_is_query else (streamed, None)
+    int_pointer = pointer("i32")
+    none = Constant(None)
+    float_rows = rows(case, "fp32", 1)
+    arguments: dict[str, Any] = {
+        "query": rows(case, case.dtype, case.head_dim, query_tile),
+        "key": rows(case, case.dtype, case.head_dim, key_tile),
+        "value": rows(case, case.dtype, value_dim, key_tile),
+        "items": int_pointer,
+        "table": int_pointer,
+        "lists": TileLists(
+            int_pointer, INT, INT, int_pointer, int_pointer, int_pointer, int_pointer, int_pointer, INT
+        ),
+        "score_scale": FLOAT,
+        "softcap_scale": FLOAT if case.features else none,
+        "dropout": Dropout(pointer("i64"), INT, FLOAT) if case.features else none,
+        "group_size": Constant(1) if case.group_size == 1 else INT,
+        "HEAD_DIM": Constant(case.head_dim),
+        "HEAD_DIM_PADDED": Constant(padded(case.head_dim)),
+        "VALUE_DIM": Constant(value_dim),
+        "VALUE_DIM_PADDED": Constant(padded(value_dim)),
+        "TILE_Q": Constant(sizes.tile_q),
+        "TILE_KV": Constant(sizes.tile_kv),
+        "INPUT_PRECISION": Constant("ieee"),
+    }
+    if name == "forward":
+        arguments["sinks"] = pointer("fp32") if case.features else none
+        arguments["out"] = rows(case, case.dtype, value_dim)
+        arguments["lse"] = float_rows
+        return arguments
+    arguments["grad_out"] = rows(case, case.dtype, value_dim, query_tile)
+    arguments["log2_sums"] = arguments["deltas"] = float_rows
+    arguments["scale"] = FLOAT
+    if name == "grad_query":
+        arguments["grad_query"] = rows(case, case.dtype, case.head_dim)
+    else:
+        arguments["grad_key"] = rows(case, case.dtype, case.head_dim)
+        arguments["grad_value"] = rows(case, case.dtype, value_dim)
+    return arguments
+
+
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], target: GPUTarget, options: dict[str, int]
+) -> Any:
+    """Compiles `kernel` for arguments described by Argument, Constant and named tuples of them."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def signature(argument: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(argument, tuple):
+            parts = [signature(part, (*path, place)) for place, part in enumerate(argument)]
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+        if isinstance(argument, Constant):
+            constants[path] = argument.value
+            return "constexpr"
+        if argument.divisible:
+            attributes[path] = [["tt.divisibility", 16]]
+        return argument.type
+
+    ordered = {
+        name: signature(arguments[name], (place,)) for place, name in enumerate(kernel.arg_names)
+    }
+    return triton.compile(
+        ASTSource(kernel, ordered, constants, attributes), target=target, options=options
+    )
+
+
+def compile_row_terms(target: GPUTarget) -> Any:
+    case = Case("bf16", 80, 128)
+    narrow = rows(case, "fp32", 1)
+    arguments = {
+        "out": rows(case, "bf16", 80),
+        "grad_out": rows(case, "bf16", 80),
+        "lse": narrow,
+        "grad_lse": narrow,
+        "log2_sums": narrow,
+        "deltas": narrow,
+        "num_rows": INT,
+        "VALUE_DIM": Constant(80),
+        "VALUE_DIM_PADDED": Constant(128),
+        "TILE": Constant(64),
+    }
+    return compile_kernel(row_terms_kernel, arguments, target, {})
+
+
+def main(name: str) -> None:
+    target = TARGETS[name]
+    has_descriptors = target.backend == "cuda" and target.arch >= 90
+    capability = target.arch if target.backend == "cuda" else 0
+    compiled = compile_row_terms(target)
+    print(json.dumps({"kernel": "row_terms", "shared": compiled.metadata.shared}), flush=True)
+    for case in CASES:
+        for kernel_name, kernel in KERNELS.items():
+            sizes = tile_sizes(
+                target.backend,
+                capability,
+                kernel_name,
+                case.head_dim,
+                case.value_dim or case.head_dim,
+                ELEMENT_BYTES[case.dtype],
+                case.block_size,
+            )
+            arguments = kernel_arguments(kernel_name, case, sizes, has_descriptors)
+            options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+            compiled = compile_kernel(kernel, arguments, target, options)
+            record = {
+                "kernel": kernel_name,
+                "case": asdict(case),
+                "sizes": asdict(sizes),
+                "shared": compiled.metadata.shared,
+                "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
+            }
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
