@@ -199,15 +199,16 @@ class MultiHeadDispatch(nn.Module):
         self.num_heads = num_heads
         self.seq_len = seq_len
         self.attention = attention
-        self.in_proj_container = nn.ModuleDict(
-            {name: nn.Linear(dim_model, dim_model, bias) for name in ("q_proj", "k_proj", "v_proj")}
-        )
+        inputs = {
+            name: nn.Linear(dim_model, dim_model, bias) for name in ("q_proj", "k_proj", "v_proj")
+        }
+        self.in_proj_container = nn.ModuleDict(inputs)
         self.resid_drop = nn.Dropout(residual_dropout)
         self.proj = nn.Linear(dim_model, dim_model, bias)
-        for projection in self.in_proj_container.values():
+        for projection in inputs.values():
             nn.init.xavier_uniform_(projection.weight)
         if bias:
-            for projection in (*self.in_proj_container.values(), self.proj):
+            for projection in (*inputs.values(), self.proj):
                 nn.init.zeros_(projection.bias)
 
     def forward(
