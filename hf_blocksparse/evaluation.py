@@ -1,0 +1,446 @@
+"""Measurements of causal language models: perplexity by position, repeat probe, time, memory.
+
+Each function takes any transformers causal model, dense or sparse, and returns a frozen dataclass
+of plain numbers. Logits never exist for more than `chunk_tokens` positions at once, so long windows
+fit; `next_token_losses` is the same loss for training.
+"""
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Mean loss of the tokens at positions `first_position .. end_position - 1` of their windows.
+
+    Attributes:
+        num_tokens: tokens scored, over all windows.
+        nll_nats: mean negative log-likelihood of a token, in nats.
+    """
+
+    first_position: int
+    end_position: int
+    num_tokens: int
+    nll_nats: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_nats)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity on token windows, by position in the window.
+
+    Attributes:
+        num_windows, window_tokens: how many windows of how many tokens.
+        buckets: ascending positions; the last one, with the most context, is the headline.
+        window_nll_nats: mean loss of each window in the last bucket; `nll_difference` pairs them.
+        seconds: wall time of all windows, progress bar included; `measure_cost` measures properly.
+    """
+
+    num_windows: int
+    window_tokens: int
+    buckets: tuple[PositionBucket, ...]
+    window_nll_nats: tuple[float, ...]
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity in the last bucket."""
+        return self.buckets[-1].perplexity
+
+
+@dataclass(frozen=True)
+class NllDifference:
+    """Mean difference of the loss over the same windows, in nats per token.
+
+    `standard_error` is over windows; None for a single one.
+    """
+
+    mean_nats: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class RepeatProbe:
+    """Perplexity of a passage and of its copy `gap_tokens` later: what is still read verbatim."""
+
+    num_passages: int
+    passage_tokens: int
+    gap_tokens: int
+    first_perplexity: float
+    copy_perplexity: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of one function.
+
+    Attributes:
+        seconds: wall time of each timed call, after the warm-up.
+        resting_bytes: memory before the first call.
+        peak_bytes: highest memory during all calls, warm-up included.
+        memory_kind: "process resident set" or "cuda allocated".
+    """
+
+    seconds: tuple[float, ...]
+    resting_bytes: int
+    peak_bytes: int
+    memory_kind: str
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def added_bytes(self) -> int:
+        """Memory that the function needs on top of what was there before it."""
+        return self.peak_bytes - self.resting_bytes
+
+
+def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden).float()
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+def next_token_losses(
+    model: PreTrainedModel, tokens: Tensor, *, first_target: int = 1, chunk_tokens: int = 1024
+) -> Tensor:
+    """Negative log-likelihood of each token given those before it, in nats.
+
+    Args:
+        model: transformers causal model. Its logits must be its output embedding of the last hidden
+            state; `perplexity` checks that.
+        tokens: int64 `[batch, length]`, without padding.
+        first_target: first position whose loss is wanted; at least 1, as position 0 has no context.
+        chunk_tokens: positions whose logits exist at once. With gradients each chunk is recomputed
+            in the backward.
+
+    Returns: float32 `[batch, length - first_target]`, differentiable.
+    """
+    length = tokens.shape[1]
+    if not 1 <= first_target < length:
+        raise ValueError(
+            f"first_target got {first_target} for windows of {length} tokens; "
+            f"it must lie in 1..{length - 1}; position 0 has nothing to be predicted from."
+        )
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    losses = []
+    for hidden_chunk, target_chunk in zip(
+        hidden[:, first_target - 1 : -1].split(chunk_tokens, 1),
+        tokens[:, first_target:].split(chunk_tokens, 1),
+        strict=True,
+    ):
+        if torch.is_grad_enabled():
+            loss = checkpoint(_chunk_loss, head, hidden_chunk, target_chunk, use_reentrant=False)
+        else:
+            loss = _chunk_loss(head, hidden_chunk, target_chunk)
+        losses.append(loss)
+    return torch.cat(losses, 1)
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Refuse models that change their logits after the output embedding (softcap, logit scale)."""
+    tokens = tokens[:1, :8]
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"model got {type(model).__name__}; perplexity needs a model with an output embedding; "
+            "load it with AutoModelForCausalLM."
+        )
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    embedded = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(logits, embedded, rtol=1e-3, atol=1e-3):
+        raise NotImplementedError(
+            f"model got {type(model).__name__}, whose logits are not its output embedding of the "
+            "last hidden state "
+            "(a softcap or scale follows); the chunked loss would not be the model's; use a model "
+            "without it."
+        )
+
+
+def _check_windows(name: str, windows: Tensor) -> None:
+    if windows.dim() != 2 or windows.dtype != torch.int64 or windows.shape[0] == 0:
+        raise ValueError(
+            f"{name} got shape {tuple(windows.shape)} and dtype {windows.dtype}; "
+            "it must be a non-empty int64 tensor [num_windows, tokens]; stack windows of equal "
+            "length."
+        )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    edges: Sequence[int] = (1,),
+    chunk_tokens: int = 1024,
+    label: str = "perplexity",
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of full windows, one window a call, each token with all its window before it.
+
+    Each token is scored once (no stride). Losses are float32, their sums float64. Tokens before `edges[0]` are read but not scored.
+
+    Args:
+        windows: int64 `[num_windows, window_tokens]` on any device, without padding.
+        edges: first position of each bucket, strictly ascending, from 1 on; the last bucket ends
+            with the window.
+        label: words beside the progress bar.
+    """
+    _check_windows("windows", windows)
+    num_windows, length = windows.shape
+    edges = tuple(edges)
+    if not edges or edges[0] < 1 or edges[-1] >= length or list(edges) != sorted(set(edges)):
+        raise ValueError(
+            f"edges got {edges} for windows of {length} tokens; "
+            f"they must be strictly ascending positions in 1..{length - 1}; drop the others."
+        )
+    device = next(model.parameters()).device
+    sums = torch.zeros(num_windows, len(edges), dtype=torch.float64)
+    spans = list(zip(edges, (*edges[1:], length), strict=True))
+    start = time.perf_counter()
+    with (
+        _evaluation_mode(model),
+        tqdm(
+            total=num_windows * length,
+            desc=label,
+            unit="token",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+    ):
+        _check_head(model, windows[:1].to(device))
+        for number, window in enumerate(windows):
+            losses = next_token_losses(
+                model,
+                window[None].to(device),
+                first_target=edges[0],
+                chunk_tokens=chunk_tokens,
+            )[0].double()
+            for bucket, (first, end) in enumerate(spans):
+                sums[number, bucket] = losses[first - edges[0] : end - edges[0]].sum().cpu()
+            bar.update(length)
+            scored = sums[: number + 1, -1].sum().item() / ((number + 1) * (length - edges[-1]))
+            bar.set_postfix(perplexity=f"{math.exp(scored):.3f}")
+    buckets = tuple(
+        PositionBucket(first, end, num_windows * (end - first), mean)
+        for (first, end), mean in zip(
+            spans,
+            [
+                sums[:, bucket].sum().item() / (num_windows * (end - first))
+                for bucket, (first, end) in enumerate(spans)
+            ],
+            strict=True,
+        )
+    )
+    return Perplexity(
+        num_windows=num_windows,
+        window_tokens=length,
+        buckets=buckets,
+        window_nll_nats=tuple((sums[:, -1] / (length - edges[-1])).tolist()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def nll_difference(changed: Perplexity, baseline: Perplexity) -> NllDifference:
+    """Loss of `changed` minus that of `baseline`, window by window, in the last bucket.
+
+    Raises ValueError unless both scored windows of the same number, length and positions.
+    """
+    spans = [
+        (run.num_windows, run.window_tokens, run.buckets[-1].first_position)
+        for run in (changed, baseline)
+    ]
+    if spans[0] != spans[1]:
+        raise ValueError(
+            f"changed got (windows, tokens, first scored position) {spans[0]} and baseline "
+            f"{spans[1]}; a paired difference needs the same windows; measure both on one set."
+        )
+    differences = [
+        left - right
+        for left, right in zip(changed.window_nll_nats, baseline.window_nll_nats, strict=True)
+    ]
+    count = len(differences)
+    return NllDifference(
+        mean_nats=statistics.fmean(differences),
+        standard_error=statistics.stdev(differences) / math.sqrt(count) if count > 1 else None,
+    )
+
+
+def repeat_probe(
+    model: PreTrainedModel,
+    passages: Tensor,
+    fillers: Tensor,
+    *,
+    chunk_tokens: int = 1024,
+    label: str = "repeat probe",
+    progress: bool = True,
+) -> RepeatProbe:
+    """Perplexity of a passage, and of its copy after other text: [passage][filler][passage].
+
+    A model that still reads the first passage predicts the copy almost perfectly. The first token
+    of either is not scored.
+
+    Args:
+        passages: int64 `[num_passages, passage_tokens]`.
+        fillers: int64 `[num_passages, gap_tokens]`, other text.
+    """
+    _check_windows("passages", passages)
+    if fillers.dim() != 2 or fillers.dtype != torch.int64 or len(fillers) != len(passages):
+        raise ValueError(
+            f"fillers got shape {tuple(fillers.shape)} and dtype {fillers.dtype} for "
+            f"{len(passages)} passages; it must be int64 [num_passages, gap_tokens]; "
+            "give one filler for each passage."
+        )
+    num_passages, passage_tokens = passages.shape
+    gap_tokens = fillers.shape[1]
+    if passage_tokens < 2:
+        raise ValueError(
+            f"passages got {passage_tokens} tokens each; a passage needs 2 or more, as its first "
+            "is not scored; take longer passages."
+        )
+    device = next(model.parameters()).device
+    copy_start = passage_tokens + gap_tokens
+    first_sum = copy_sum = 0.0
+    probes = torch.cat((passages, fillers, passages), 1)
+    with (
+        _evaluation_mode(model),
+        tqdm(
+            total=probes.numel(), desc=label, unit="token", unit_scale=True, disable=not progress
+        ) as bar,
+    ):
+        _check_head(model, probes[:1].to(device))
+        for probe in probes:
+            losses = next_token_losses(model, probe[None].to(device), chunk_tokens=chunk_tokens)
+            first_sum += losses[0, : passage_tokens - 1].double().sum().item()
+            copy_sum += losses[0, copy_start:].double().sum().item()
+            bar.update(probes.shape[1])
+    scored = num_passages * (passage_tokens - 1)
+    return RepeatProbe(
+        num_passages=num_passages,
+        passage_tokens=passage_tokens,
+        gap_tokens=gap_tokens,
+        first_perplexity=math.exp(first_sum / scored),
+        copy_perplexity=math.exp(copy_sum / scored),
+    )
+
+
+def _resident_bytes() -> tuple[int, int]:
+    """Resident set of this process, now and at its peak."""
+    if sys.platform == "linux":
+        # Not getrusage: after fork and exec its peak starts at the parent's.
+        fields = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
+    if sys.platform == "darwin":
+        # The system offers only the peak, in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak, peak
+    raise NotImplementedError(
+        f"device got cpu on {sys.platform}; the peak resident set is read on Linux and macOS only; "
+        "measure there or on a GPU."
+    )
+
+
+def _forget_resident_peak() -> None:
+    # Linux alone can; sandboxes without that file keep the earlier peak, an upper bound.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure_cost(
+    function: Callable[[], object],
+    *,
+    device: torch.device,
+    repetitions: int = 1,
+    warmup: int = 1,
+) -> Cost:
+    """Time and peak memory of calls of `function`.
+
+    On a GPU the memory is what torch's allocator handed out. On a CPU it is the resident set of the
+    process, in which freed memory lingers and, where the system cannot reset it, an earlier peak
+    stays: measure each setting in a process of its own (`in_fresh_process`).
+
+    Args:
+        repetitions: timed calls.
+        warmup: calls before them, not timed, but counted for memory.
+    """
+    if repetitions < 1:
+        raise ValueError(
+            f"repetitions got {repetitions}; at least one call must be timed; use 1 or more."
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"device got {device}; memory is measured on cpu and cuda; use one of them."
+        )
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        resting = torch.cuda.memory_allocated(device)
+    else:
+        _forget_resident_peak()
+        resting = _resident_bytes()[0]
+    seconds = []
+    for call in range(warmup + repetitions):
+        start = time.perf_counter()
+        function()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        if call >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return Cost(
+        seconds=tuple(seconds),
+        resting_bytes=resting,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes()[1],
+        memory_kind="cuda allocated" if on_gpu else "process resident set",
+    )
+
+
+def in_fresh_process(
+    function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> Result:
+    """Run `function` in a new Python process and return its result; an exception there is raised
+    here.
+
+    The function must be importable (not a lambda), its arguments and result picklable. A process
+    that the system ends, for memory for example, raises
+    `concurrent.futures.process.BrokenProcessPool`.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()

@@ -1,0 +1,258 @@
+"""Measurements agree with the plain computation; bad input is refused; records survive the file."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_blocksparse.evaluation import (
+    Cost,
+    PositionBucket,
+    in_fresh_process,
+    measure_cost,
+    next_token_losses,
+    nll_difference,
+    perplexity,
+    repeat_probe,
+)
+from hf_blocksparse.run_record import (
+    FORMAT_VERSION,
+    RunRecord,
+    describe_environment,
+    from_plain,
+    read_record,
+    to_plain,
+    write_record,
+)
+
+CPU = torch.device("cpu")
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).double()
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def plain_losses(model, tokens):
+    logits = model(input_ids=tokens).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1024])
+def test_chunked_losses_and_gradients_are_those_of_the_whole_logits(model, windows, chunk_tokens):
+    plain = plain_losses(model, windows)
+    plain.mean().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    chunked = next_token_losses(model, windows, chunk_tokens=chunk_tokens)
+    # The loss is float32 whatever the model's dtype.
+    torch.testing.assert_close(chunked.double(), plain, rtol=1e-5, atol=1e-6)
+    chunked.mean().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_perplexity_by_position(model, windows):
+    result = perplexity(model, windows, edges=(5, 20, 30), progress=False)
+    losses = plain_losses(model, windows).detach()
+    spans = [(5, 20), (20, 30), (30, 40)]
+    assert [(b.first_position, b.end_position) for b in result.buckets] == spans
+    for bucket, (first, end) in zip(result.buckets, spans, strict=True):
+        scored = losses[:, first - 1 : end - 1]
+        assert bucket.num_tokens == scored.numel()
+        assert bucket.nll_nats == pytest.approx(scored.mean().item(), rel=1e-5)
+    assert result.perplexity == pytest.approx(losses[:, 29:].mean().exp().item(), rel=1e-5)
+    assert result.window_nll_nats == pytest.approx(losses[:, 29:].mean(1).tolist(), rel=1e-5)
+
+
+def test_perplexity_leaves_the_model_in_its_mode(model, windows):
+    for mode in (True, False):
+        model.train(mode)
+        perplexity(model, windows[:1], progress=False)
+        assert model.training is mode
+
+
+def test_nll_difference_is_paired(model, windows):
+    baseline = perplexity(model, windows, edges=(20,), progress=False)
+    shifts = (0.1, 0.2, 0.6)
+    changed = dataclasses.replace(
+        baseline,
+        window_nll_nats=tuple(
+            nll + shift for nll, shift in zip(baseline.window_nll_nats, shifts, strict=True)
+        ),
+    )
+    difference = nll_difference(changed, baseline)
+    assert difference.mean_nats == pytest.approx(0.3)
+    assert difference.standard_error == pytest.approx(math.sqrt(0.14 / 2 / 3))
+    single = perplexity(model, windows[:1], edges=(20,), progress=False)
+    assert nll_difference(single, single).standard_error is None
+    with pytest.raises(ValueError, match="changed got .* a paired difference needs the same windo"):
+        nll_difference(single, baseline)
+
+
+def test_repeat_probe_scores_passage_and_copy(model, windows):
+    passages, fillers = windows[:, :12], windows[:, 12:30]
+    result = repeat_probe(model, passages, fillers, progress=False)
+    losses = plain_losses(model, torch.cat((passages, fillers, passages), 1)).detach()
+    assert (result.num_passages, result.passage_tokens, result.gap_tokens) == (3, 12, 18)
+    first, copy = losses[:, :11].mean().exp().item(), losses[:, 30:].mean().exp().item()
+    assert losses[:, 30:].shape[1] == 11
+    assert result.first_perplexity == pytest.approx(first, rel=1e-5)
+    assert result.copy_perplexity == pytest.approx(copy, rel=1e-5)
+
+
+def test_a_softcap_after_the_output_embedding_is_refused(windows):
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.01))
+    with pytest.raises(NotImplementedError, match="model got Gemma2ForCausalLM, whose logits are"):
+        perplexity(model, windows, progress=False)
+
+
+def test_a_model_without_output_embedding_is_refused(model, windows):
+    with pytest.raises(ValueError, match="model got LlamaModel; perplexity needs a model with an"):
+        perplexity(model.model, windows, progress=False)
+
+
+@pytest.mark.parametrize("edges", [(), (0,), (5, 5), (7, 3), (40,)])
+def test_edges_outside_the_window_are_refused(model, windows, edges):
+    with pytest.raises(ValueError, match="edges got .* strictly ascending positions in 1..39"):
+        perplexity(model, windows, edges=edges, progress=False)
+
+
+def test_windows_of_another_form_are_refused(model, windows):
+    for wrong in (windows[0], windows.float(), windows[:0]):
+        with pytest.raises(ValueError, match="windows got shape .* non-empty int64 tensor"):
+            perplexity(model, wrong, progress=False)
+    with pytest.raises(ValueError, match="fillers got shape .* one filler for each passage"):
+        repeat_probe(model, windows, windows[:1], progress=False)
+    with pytest.raises(ValueError, match="passages got 1 tokens each"):
+        repeat_probe(model, windows[:, :1], windows, progress=False)
+    with pytest.raises(ValueError, match="first_target got 0 for windows of 40 tokens"):
+        next_token_losses(model, windows, first_target=0)
+
+
+def process_number():
+    return os.getpid()
+
+
+def fail_in_process():
+    raise ValueError("from the other side")
+
+
+def cost_of_filling(num_floats):
+    """Peak memory of a tensor that is freed again, in a process of its own."""
+    return measure_cost(lambda: torch.ones(num_floats), device=CPU, repetitions=2)
+
+
+def test_fresh_process_returns_results_and_raises_errors():
+    assert in_fresh_process(process_number) != os.getpid()
+    with pytest.raises(ValueError, match="from the other side"):
+        in_fresh_process(fail_in_process)
+
+
+def test_peak_memory_on_the_cpu_is_what_was_allocated():
+    mebibyte = 2**20
+    ballast = torch.ones(128 * mebibyte)  # A parent's memory must not count for the child.
+    small, large = (in_fresh_process(cost_of_filling, n * mebibyte // 4) for n in (16, 256))
+    del ballast
+    assert small.memory_kind == large.memory_kind == "process resident set"
+    assert len(large.seconds) == 2 and min(large.seconds) > 0
+    assert 250 * mebibyte < large.added_bytes < 290 * mebibyte
+    assert small.added_bytes < 50 * mebibyte
+
+
+def test_measure_cost_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="repetitions got 0"):
+        measure_cost(list, device=CPU, repetitions=0)
+    with pytest.raises(NotImplementedError, match="device got meta; memory is measured on cpu and"):
+        measure_cost(list, device=torch.device("meta"))
+
+
+@pytest.fixture
+def record():
+    cost = Cost(seconds=(1.0, 3.0, 2.0), resting_bytes=1, peak_bytes=5, memory_kind="cuda")
+    return RunRecord(
+        version=FORMAT_VERSION,
+        script="test.py",
+        arguments={"layout": {"kind": "dense"}, "steps": 3, "model": None},
+        seed=7,
+        environment=describe_environment(CPU),
+        timings_seconds={"load": 1.5},
+        results={"cost": to_plain(cost)},
+    )
+
+
+def test_record_survives_the_file(record, tmp_path):
+    path = tmp_path / "new folder" / "run.json"
+    write_record(record, path)
+    assert read_record(path) == record
+    cost = from_plain(Cost, read_record(path).results["cost"])
+    assert cost.seconds == (1.0, 3.0, 2.0)
+    assert (cost.median_seconds, cost.added_bytes) == (2.0, 4)
+
+
+def test_environment_names_what_a_reader_needs(record):
+    environment = record.environment
+    assert environment.device == "cpu" and environment.device_memory_bytes > 2**28
+    assert environment.packages["torch"] == torch.__version__
+    assert environment.git_commit is None or len(environment.git_commit) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "7"}, r"record got '7' at .*run.json.seed; it must be of type int"),
+        ({"seed": True}, "record got True at .*seed; it must be of type int"),
+        ({"version": 99}, "with version 99; this release reads version 1"),
+        ({"extra": 1}, r"record got \['extra'\] at .* an object with only the keys"),
+        ({"timings_seconds": {"load": "1"}}, "record got '1' at .*timings_seconds.load"),
+        ({"environment": []}, "record got .* at .*environment; it must be an object"),
+        ({"script": None}, "record got None at .*script; it must be of type str"),
+    ],
+)
+def test_reading_is_strict(record, tmp_path, change, message):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(to_plain(record) | change))
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+
+
+def test_missing_keys_and_broken_files_are_refused(record, tmp_path):
+    path = tmp_path / "run.json"
+    plain = to_plain(record)
+    del plain["seed"]
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"an object with the keys \['seed'\], too"):
+        read_record(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="which is not JSON"):
+        read_record(path)
+
+
+def test_records_hold_finite_numbers_and_plain_values_only():
+    with pytest.raises(ValueError, match="value got nan; a record holds finite numbers"):
+        to_plain(PositionBucket(1, 2, 1, math.nan))
+    with pytest.raises(TypeError, match="value got a Tensor"):
+        to_plain({"loss": torch.ones(1)})
+    with pytest.raises(TypeError, match=r"value got the keys \[3\]; JSON keys must be strings"):
+        to_plain({3: "layer"})
