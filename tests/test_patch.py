@@ -1,0 +1,766 @@
+"""A patched model computes the layout within its own mask: against transformers' eager attention with a dense mask."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    BIDIRECTIONAL,
+    FAMILIES,
+    HEADS,
+    VOCABULARY,
+    eager_attention_within,
+    make_batch,
+    make_model,
+    real_tokens,
+)
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_blocksparse import (
+    BigBird,
+    BlockDiagonal,
+    Dense,
+    Longformer,
+    PerHead,
+    PerLayer,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+)
+from hf_blocksparse.model_layouts import LayerAttention, attach, state_of
+from hf_blocksparse.patch import patch_model, unpatch_model
+from hf_blocksparse.transformers_hook import block_sparse_attention_forward
+from hf_blocksparse.transformers_masks import make_mask
+
+# Logits are of order 5 and a wrong mask moves them by more than 0.1; fp32 rounding through two layers stays below this.
+LOGITS = dict(atol=5e-5, rtol=1e-5)
+
+
+def run(model, batch, **kwargs):
+    """Logits at the real tokens, and the gradient of every parameter."""
+    model.zero_grad()
+    logits = model(**batch, **kwargs).logits[real_tokens(batch)]
+    torch.manual_seed(2)
+    (logits * torch.randn_like(logits)).sum().backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return logits.detach(), gradients
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual[0], expected[0], **LOGITS)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        # A key's bias moves all scores of a row alike: its true gradient is 0, and its size that of rounding in its weight's.
+        weight = expected[1].get(name.removesuffix("bias") + "weight", gradient)
+        error = (actual[1][name] - gradient).norm()
+        assert error <= 1e-4 * max(gradient.norm(), weight.norm()), (name, float(error))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_layout_is_the_dense_model(family, padded):
+    model = make_model(family)
+    batch = make_batch(padded=padded)
+    expected = run(model, batch)
+    assert_same(run(patch_model(model, Dense()), batch), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparse_layout_is_eager_attention_with_its_mask(family, padded):
+    layout = SinkWindow(sink=3, window=6) | BlockDiagonal(10)
+    model = make_model(family)
+    batch = make_batch(padded=padded)
+    dense = run(model, batch)
+    with eager_attention_within(layout, is_causal=family not in BIDIRECTIONAL):
+        expected = run(model, batch)
+    assert (expected[0] - dense[0]).abs().max() > 0.1
+    assert_same(run(patch_model(model, layout), batch), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Longformer(window=8, global_tokens=2),
+        BigBird(block_size=16, window_blocks=1, global_blocks=1, random_blocks=0),
+        PerHead((SlidingWindow(4), Dense(), SinkWindow(1, 7), BlockDiagonal(9))),
+        TensorLayout.from_tensor(torch.eye(8) + torch.eye(8).roll(1, 1), 16),
+    ],
+    ids=lambda layout: layout.kind,
+)
+def test_other_layouts(family, layout):
+    model = make_model(family)
+    batch = make_batch()
+    with eager_attention_within(layout, is_causal=family not in BIDIRECTIONAL):
+        expected = run(model, batch)
+    assert_same(run(patch_model(model, layout), batch), expected)
+
+
+def test_random_layouts_draw_anew_in_every_layer():
+    layout = BigBird(block_size=16, window_blocks=1, global_blocks=0, random_blocks=2)
+    model = patch_model(make_model("llama"), layout)
+    assert [state_of(layer.self_attn).layout.layer for layer in model.model.layers] == [0, 1]
+    assert model.config.block_sparse["layouts"]["*"]["layer"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "bert"])
+def test_outputs_do_not_depend_on_padding(family):
+    layout = SinkWindow(sink=2, window=5) | BlockDiagonal(8)
+    model = patch_model(make_model(family), layout)
+    ids = make_batch(30, padded=False)["input_ids"][:1]
+    alone = model(input_ids=ids).logits
+    for left, right in ((5, 0), (0, 6), (3, 4)):
+        padded = nn.functional.pad(ids, (left, right), value=7)
+        mask = nn.functional.pad(torch.ones_like(ids), (left, right))
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=padded, attention_mask=mask, position_ids=position_ids).logits
+        torch.testing.assert_close(logits[:, left : left + 30], alone, **LOGITS)
+
+
+def test_rows_of_padding_give_zero_and_holes_are_exact():
+    layout = SinkWindow(sink=3, window=6)
+    model = make_model("llama")
+    batch = make_batch()
+    batch["attention_mask"][0, 15:19] = 0
+    with eager_attention_within(layout, is_causal=True):
+        expected = run(model, batch)
+    patch_model(model, layout)
+    assert_same(run(model, batch), expected)
+
+    outputs = []
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: outputs.append(args[0])
+    )
+    batch["attention_mask"][1] = 0
+    logits = model(**batch).logits
+    hook.remove()
+    assert logits.isfinite().all()
+    assert (outputs[0][1] == 0).all() and (outputs[0][0, :7] == 0).all()
+    assert (outputs[0][0, 7:15] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi3"])
+def test_packed_documents_are_separate(family):
+    layout = SinkWindow(sink=2, window=5)
+    model = make_model(family)
+    lengths = (13, 4, 23)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = make_batch(40, padded=False)["input_ids"][:1]
+    batch = {"input_ids": ids}
+    packed = dict(position_ids=position_ids, use_cache=False)
+    with eager_attention_within(layout, is_causal=True, positions=position_ids):
+        expected = run(model, batch, **packed)
+    patch_model(model, layout)
+    assert_same(run(model, batch, **packed), expected)
+    parts = [model(input_ids=part).logits for part in ids.split(lengths, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1)[0], expected[0], **LOGITS)
+
+
+def test_packed_documents_by_cumulative_lengths():
+    model = patch_model(make_model("llama"), SinkWindow(sink=2, window=5))
+    lengths = (13, 4, 23)
+    ids = make_batch(40, padded=False)["input_ids"][:1]
+    edges = torch.tensor([0, 13, 17, 40], dtype=torch.int32)
+    flash = dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=23, max_length_k=23)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    expected = torch.cat([model(input_ids=part).logits for part in ids.split(lengths, 1)], 1)
+    for use_cache in (False, True):
+        logits = model(
+            input_ids=ids, position_ids=position_ids, use_cache=use_cache, **flash
+        ).logits
+        torch.testing.assert_close(logits, expected, **LOGITS)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q and cu_seq_lens_k differ"):
+        model(input_ids=ids, **flash | {"cu_seq_lens_k": edges.clone() // 2})
+    with pytest.raises(NotImplementedError, match="need both, one batch row, and no cache"):
+        model(input_ids=ids.repeat(2, 1), **flash)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"])
+def test_greedy_generation_with_a_dense_layout_is_the_dense_model(family, static):
+    model = make_model(family)
+    batch = make_batch(14)
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if static:
+        options |= dict(cache_implementation="static", disable_compile=True)
+    batch["attention_mask"] = batch["attention_mask"].clone()
+    batch["attention_mask"][1] = 1
+    expected = model.generate(**batch, **options)
+    assert torch.equal(patch_model(model, Dense()).generate(**batch, **options), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_decoding_step_by_step_is_prefill(family, cache):
+    model = patch_model(make_model(family), SinkWindow(sink=2, window=5) | BlockDiagonal(8))
+    batch = make_batch(28)
+    batch["attention_mask"][1] = 1
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    whole = model(**batch, position_ids=position_ids).logits
+    kept = None if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    parts = []
+    # Prefill, a chunk on top of it, then token by token.
+    for start, stop in [(0, 11), (11, 16), *((place, place + 1) for place in range(16, 28))]:
+        made = model(
+            input_ids=batch["input_ids"][:, start:stop],
+            attention_mask=batch["attention_mask"][:, :stop],
+            position_ids=position_ids[:, start:stop],
+            past_key_values=kept,
+            use_cache=True,
+        )
+        kept = made.past_key_values
+        parts.append(made.logits)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **LOGITS)
+
+
+def test_sparse_generation_is_the_same_with_both_caches():
+    model = patch_model(make_model("gemma3"), SinkWindow(sink=2, window=5))
+    batch = make_batch(14)
+    batch["attention_mask"][1] = 1
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    dynamic = model.generate(**batch, **options)
+    static = model.generate(**batch, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    model = patch_model(make_model("gemma2"), SinkWindow(sink=2, window=5))
+    batch = make_batch()
+    model.train()
+    expected = run(model, batch, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    actual = run(model, batch, use_cache=False)
+    assert torch.equal(actual[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert torch.equal(actual[1][name], gradient), name
+
+
+def test_dropout_is_drawn_in_training_only():
+    model = make_model("llama")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    patch_model(model, Dense())
+    batch = make_batch(padded=False)
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(**batch).logits, model(**batch).logits
+    torch.manual_seed(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(model(**batch).logits, first)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_unpatching_is_bit_exact(implementation, padded):
+    model = make_model("gemma3", implementation)
+    batch = make_batch(padded=padded)
+    config, logits = copy.deepcopy(model.config.to_dict()), model(**batch).logits
+    patch_model(model, SlidingWindow(3))
+    assert model.config._attn_implementation == "block_sparse"
+    assert not torch.equal(model(**batch).logits, logits)
+    patch_model(
+        model, {1: SinkWindow(1, 2)}
+    )  # a second patch replaces the first, and undoing both is one step
+    assert [state_of(layer.self_attn).layout for layer in model.model.layers] == [
+        None,
+        SinkWindow(1, 2),
+    ]
+    assert unpatch_model(model) is model
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(**batch).logits, logits)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_copy_of_a_patched_model_is_a_model_of_its_own():
+    model = make_model("llama", "sdpa")
+    batch = make_batch()
+    dense = model(**batch).logits
+    patch_model(model, SlidingWindow(3))
+    sparse = model(**batch).logits
+    other = copy.deepcopy(model)
+    unpatch_model(model)
+    assert torch.equal(model(**batch).logits, dense)
+    assert torch.equal(other(**batch).logits, sparse)
+    assert torch.equal(unpatch_model(other)(**batch).logits, dense)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_not_named_keep_their_own_attention(family, padded, implementation):
+    model = make_model(family, implementation)
+    batch = make_batch(padded=padded)
+    attention = model.model.layers[0].self_attn
+    seen = []
+    hook = attention.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    dense = model(**batch).logits
+    patch_model(model, PerLayer({1: SlidingWindow(3)}))
+    sparse = model(**batch).logits
+    hook.remove()
+    assert torch.equal(seen[0], seen[1])
+    assert (sparse - dense).abs().max() > 0.1
+    both = patch_model(model, PerLayer({0: Dense(), 1: SlidingWindow(3)}))(**batch).logits
+    real = real_tokens(batch)
+    torch.testing.assert_close(both[real], sparse[real], **LOGITS)
+
+
+def test_layers_not_named_keep_their_own_attention_in_generation():
+    model = make_model("gemma3", "sdpa")
+    batch = make_batch(14)
+    batch["attention_mask"][1] = 1
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    static = dict(cache_implementation="static", disable_compile=True)
+    expected = model.generate(**batch, **options)
+    for layer in (0, 1):
+        patch_model(model, {layer: Dense()})
+        assert torch.equal(model.generate(**batch, **options), expected)
+        assert torch.equal(model.generate(**batch, **options, **static), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf", "lowest"])
+def test_a_mask_given_as_a_tensor_is_exact(kind):
+    layout = SlidingWindow(9)
+    model = make_model("llama")
+    batch = make_batch(padded=False)
+    length = batch["input_ids"].shape[1]
+    allowed = torch.ones(length, length).tril().bool()
+    allowed[:, :12] = True  # a prefix that reads itself both ways
+    allowed = allowed.expand(3, 1, -1, -1).clone()
+    allowed[1, :, 20:, 4] = False
+
+    def as_float(mask, lowest):
+        return torch.zeros(mask.shape).masked_fill(~mask, lowest)
+
+    kept = allowed & layout.to_mask(length)
+    expected = model(**batch, attention_mask=as_float(kept, -math.inf)).logits
+    given = {
+        "bool": allowed,
+        "-inf": as_float(allowed, -math.inf),
+        "lowest": as_float(allowed, torch.finfo(torch.float32).min),
+    }[kind]
+    patch_model(model, layout)
+    torch.testing.assert_close(model(**batch, attention_mask=given).logits, expected, **LOGITS)
+    with pytest.raises(ValueError, match="neither 0 nor -inf"):
+        model(**batch, attention_mask=torch.full((3, 1, length, length), -0.5))
+
+
+def test_mixed_dtypes_are_cast_as_transformers_casts_them():
+    """The Trainer's bf16 hands over float32 queries and keys beside bfloat16 values."""
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    batch = make_batch()
+    whole = model(**batch).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**batch).logits
+    real = real_tokens(batch)
+    assert (logits - whole)[real].abs().mean() < 0.05 * whole[real].abs().mean()
+
+    module = model.model.layers[0].self_attn.bfloat16()
+    query, key = torch.randn(1, HEADS, 8, 8), torch.randn(1, 2, 8, 8)
+    value = torch.randn(1, 2, 8, 8, dtype=torch.bfloat16)
+    out, weights = block_sparse_attention_forward(module, query, key, value, None)
+    assert out.dtype == torch.bfloat16 and weights is None
+    assert out.shape == (1, 8, HEADS, 8) and out.is_contiguous()
+
+
+def test_the_model_can_be_compiled():
+    model = patch_model(make_model("gemma2"), SinkWindow(2, 5))
+    batch = make_batch()
+    expected = model(**batch).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, expected, **LOGITS)
+
+
+def test_patching_says_what_it_did(caplog):
+    model = make_model("llama")
+    with caplog.at_level(logging.INFO, logger="hf_blocksparse.patch"):
+        patch_model(model, {1: SlidingWindow(64)})
+    assert [record.message for record in caplog.records] == [
+        "LlamaForCausalLM: 1 layers SlidingWindow(window=64) (density 43.7% at 256 tokens); "
+        "1 of 2 attention layers left dense."
+    ]
+
+
+def test_everything_a_layout_may_be_given_as():
+    model = make_model("llama")
+    tensor = torch.ones(8, 8).tril()
+    section = patch_model(model, SlidingWindow(64)).config.block_sparse
+    named = {"model.layers.0.self_attn": SlidingWindow(64), "layers.1": SlidingWindow(64)}
+    for layout, states in (
+        ("sink_window", [SinkWindow(64, 1024)] * 2),
+        (section, [SlidingWindow(64)] * 2),
+        (SlidingWindow(64).to_dict(), [SlidingWindow(64)] * 2),
+        (PerLayer({0: SlidingWindow(64)}), [SlidingWindow(64), None]),
+        ({"1": "dense"}, [None, Dense()]),
+        (named, [SlidingWindow(64)] * 2),
+    ):
+        patch_model(model, layout)
+        assert [state_of(layer.self_attn).layout for layer in model.model.layers] == states
+    patch_model(model, {0: tensor}, block_size=16)
+    assert state_of(model.model.layers[0].self_attn).layout == TensorLayout.from_tensor(tensor, 16)
+
+
+def llava():
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    text = dict(vision, num_hidden_layers=2, num_key_value_heads=2, vocab_size=VOCABULARY)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=dict(
+                vision,
+                model_type="clip_vision_model",
+                image_size=16,
+                patch_size=8,
+                projection_dim=32,
+            ),
+            text_config=dict(text, model_type="llama", max_position_embeddings=256),
+            image_token_index=90,
+        )
+    ).eval()
+
+
+def test_the_text_part_of_a_multimodal_model():
+    model = llava()
+    inputs = {
+        "input_ids": torch.tensor([[5, 90, 90, 90, 90, *range(6, 36)]]),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+    # The image tokens come from the layer before the last: all but the class token.
+    dense = model(**inputs).logits
+    patch_model(model.model.language_model, SinkWindow(1, 5))
+    sparse = model(**inputs).logits
+    assert (sparse - dense).abs().max() > 1e-4
+    vision, text = model.config.vision_config, model.config.text_config
+    assert vision._attn_implementation == "sdpa" and text._attn_implementation == "block_sparse"
+    assert torch.equal(unpatch_model(model)(**inputs).logits, dense)
+
+    layers = {
+        path: SinkWindow(1, 5)
+        for path, module in model.named_modules()
+        if path.endswith("self_attn") and "language_model" in path
+    }
+    assert torch.equal(patch_model(model, layers)(**inputs).logits, sparse)
+    assert sorted(text.block_sparse["layouts"]) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert vision.block_sparse is None and model.config.block_sparse is None
+    with pytest.raises(ValueError, match="layout names layer 0, which is ambiguous"):
+        patch_model(model, {0: Dense()})
+    patch_model(model, Dense())
+    assert set(vision.block_sparse["layouts"]) == set(text.block_sparse["layouts"]) == {"*"}
+    torch.testing.assert_close(model(**inputs).logits, dense, **LOGITS)
+    unpatch_model(model)
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+def bart():
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=128,
+        )
+    ).eval()
+
+
+def test_an_encoder_and_decoder_keep_their_cross_attention():
+    model = bart()
+    batch = make_batch(30)
+    batch["decoder_input_ids"] = make_batch(20, padded=False)["input_ids"]
+    dense = model(**batch).logits
+    with pytest.raises(ValueError, match="are cross-attention, where a layout has no meaning"):
+        patch_model(model, SlidingWindow(4))
+    with pytest.raises(ValueError, match="layer 0, which is ambiguous in BartForConditionalGen"):
+        patch_model(model, {0: SlidingWindow(4)})
+    with pytest.raises(ValueError, match="encoder_attn, a cross-attention"):
+        patch_model(model, {"decoder.layers.0.encoder_attn": SlidingWindow(4)})
+    torch.testing.assert_close(patch_model(model, Dense())(**batch).logits, dense, **LOGITS)
+    names = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]
+    patch_model(model, {name: SlidingWindow(4) for name in names})
+    assert sorted(model.config.block_sparse["layouts"]) == sorted(names)
+    assert (model(**batch).logits - dense).abs().max() > 1e-4
+    state = state_of(model.model.decoder.layers[0].encoder_attn)
+    assert state.layout is None and state.calls == 1
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+
+
+SMALL = dict(vocab_size=VOCABULARY, hidden_size=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "modules"),
+    [
+        (
+            lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=1, n_head=4)),
+            r"transformer.h.0.self_attention \(BloomAttention\)",
+        ),
+        (
+            lambda: FalconForCausalLM(
+                FalconConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4)
+            ),
+            r"transformer.h.0.self_attention \(\w+\), transformer.h.1.self_attention",
+        ),
+        (
+            lambda: GPTJForCausalLM(
+                GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+            ),
+            r"transformer.h.0.attn \(GPTJ\w*Attention\)",
+        ),
+    ],
+    ids=["bloom", "falcon", "gptj"],
+)
+def test_models_outside_the_attention_interface_are_refused(make, modules):
+    with pytest.raises(NotImplementedError, match=f"cannot be patched as a whole: {modules}"):
+        patch_model(make(), SlidingWindow(4))
+
+
+def test_position_biases_are_refused():
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    patch_model(model, {"encoder.block.0.layer.0.SelfAttention": Dense()})
+    batch = make_batch(10, padded=False)
+    with pytest.raises(NotImplementedError, match=r"passes \['position_bias'\] to its attention"):
+        model(**batch, decoder_input_ids=batch["input_ids"])
+
+
+def test_an_attention_that_never_reaches_the_function_is_noticed():
+    model = make_model("llama")
+
+    class Shortcut(type(model.model.layers[0].self_attn)):
+        def forward(self, hidden_states, **kwargs):
+            if kwargs:
+                return self.o_proj(self.q_proj(hidden_states)), None
+            # Named so that the module looks routed.
+            return ALL_ATTENTION_FUNCTIONS.get_interface("eager", None)  # noqa: F821
+
+    model.model.layers[1].self_attn.__class__ = Shortcut
+    patch_model(model, SlidingWindow(4))
+    with pytest.raises(
+        RuntimeError, match=r"layers.1.self_attn \(Shortcut\) got a layout, but its"
+    ):
+        model(**make_batch())
+
+
+class Names(nn.Module):
+    """Stands for an attention module with a layout."""
+
+    def __init__(self, layout=None, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        attach(self, LayerAttention("layers.0.attn", layout or SlidingWindow(4), "sdpa"))
+
+
+def qkv(query_len=6, kv_len=6):
+    return (
+        torch.randn(1, 4, query_len, 16),
+        torch.randn(1, 2, kv_len, 16),
+        torch.randn(1, 2, kv_len, 16),
+    )
+
+
+def test_without_a_mask_the_module_says_whether_it_is_causal():
+    def reference(query, key, value, is_causal, window):
+        i, j = torch.arange(6)[:, None], torch.arange(6)[None, :]
+        kept = ((i - j).abs() < window) & ((j <= i) | (not is_causal))
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=kept, enable_gqa=True
+        ).transpose(1, 2)
+
+    tensors = qkv()
+    for module, kwargs, is_causal, window in (
+        (Names(), {}, True, 4),
+        (Names(is_causal=False), {}, False, 4),
+        (Names(is_causal=False), {"is_causal": True}, True, 4),
+        (Names(is_causal=True), {"is_causal": False}, False, 4),
+        (Names(), {"sliding_window": 2}, True, 2),
+        (Names(is_causal=False), {"sliding_window": 3}, False, 3),
+    ):
+        out, _ = block_sparse_attention_forward(module, *tensors, None, **kwargs)
+        torch.testing.assert_close(out, reference(*tensors, is_causal, window))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (
+            {"output_attentions": True},
+            NotImplementedError,
+            "output_attentions got True in layers.0",
+        ),
+        ({"head_mask": torch.ones(4)}, NotImplementedError, r"passes \['head_mask'\]"),
+        ({"position_bias": torch.ones(1)}, NotImplementedError, r"passes \['position_bias'\]"),
+        ({"cache": object()}, NotImplementedError, r"passes \['cache'\]"),
+        ({"softcap": -1.0}, ValueError, "softcap got -1.0"),
+    ],
+)
+def test_what_is_not_honoured_is_refused(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        block_sparse_attention_forward(Names(), *qkv(), None, **kwargs)
+    harmless = {name: None for name in kwargs} | {"use_cache": True, "position_ids": torch.ones(1)}
+    block_sparse_attention_forward(Names(), *qkv(), None, **harmless)
+
+
+def test_queries_without_a_known_place_are_refused():
+    with pytest.raises(
+        NotImplementedError, match="attention_mask got None .* 3 queries and 6 keys"
+    ):
+        block_sparse_attention_forward(Names(), *qkv(3), None)
+    with pytest.raises(
+        NotImplementedError, match="attention_mask got None .* 1 queries and 6 keys"
+    ):
+        block_sparse_attention_forward(Names(is_causal=False), *qkv(1), None)
+    block_sparse_attention_forward(Names(), *qkv(1), None)
+
+
+def test_attentions_are_not_made():
+    model = patch_model(make_model("llama"), SlidingWindow(4))
+    with pytest.raises(NotImplementedError, match="never makes the weights"):
+        model(**make_batch(), output_attentions=True)
+
+
+def test_is_causal_false_makes_a_decoder_bidirectional():
+    layout = SinkWindow(1, 4)
+    model = make_model("llama")
+    with eager_attention_within(layout, is_causal=False):
+        expected = run(model, make_batch(), is_causal=False)
+    patch_model(model, layout)
+    assert_same(run(model, make_batch(), is_causal=False), expected)
+    mask = make_mask(1, 6, 6, mask_function=causal_mask_function)
+    with pytest.raises(ValueError, match="is_causal got False .* attention_mask is causal"):
+        block_sparse_attention_forward(Names(), *qkv(), mask, is_causal=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "error", "message"),
+    [
+        (
+            {2: Dense()},
+            {},
+            ValueError,
+            "layout names layer 2, but LlamaForCausalLM has attention layers 0..1",
+        ),
+        ({-1: Dense()}, {}, ValueError, "layout names layer -1, but LlamaForCausalLM has"),
+        (
+            {"model.layers.7.self_attn": Dense()},
+            {},
+            ValueError,
+            r"layout names module 'model.layers.7.self_attn', but LlamaForCausalLM has attention modules such as",
+        ),
+        ({"model": Dense()}, {}, ValueError, "layout names module 'model', "),
+        (
+            {0: Dense(), "layers.0": Dense()},
+            {},
+            ValueError,
+            "names the attention module model.layers.0.self_attn twice",
+        ),
+        ({0: Dense(), "0": Dense()}, {}, ValueError, "layer 0 twice, as number and as string"),
+        ({"*": Dense(), 0: Dense()}, {}, ValueError, r"'\*' means every layer and stands alone"),
+        ({}, {}, ValueError, "layout got an empty dict"),
+        ({1.5: Dense()}, {}, TypeError, "layout got the key 1.5"),
+        ({0: {0: Dense()}}, {}, TypeError, "layout got layouts by layer for layer 0"),
+        (5, {}, TypeError, "layout got int; it must be a layout, a preset's name"),
+        ("bigbrid", {}, ValueError, "layout got the name 'bigbrid'"),
+        (torch.ones(2, 2), {}, ValueError, "block_size got None for a layout tensor"),
+        (Dense(), {"block_size": 64}, ValueError, "block_size got 64 beside Dense"),
+        (Dense(), {"impl": "cuda"}, ValueError, "impl got 'cuda'"),
+        (PerHead((Dense(),) * 3), {}, ValueError, "PerHead with 3 layouts; the query has 4 heads"),
+        (
+            TensorLayout.from_tensor(torch.rand(3, 4, 4) > 0.5, 16),
+            {},
+            ValueError,
+            "3 heads in .*; the query has 4 heads",
+        ),
+    ],
+)
+def test_wrong_layouts_are_refused_and_change_nothing(layout, options, error, message):
+    model = make_model("llama")
+    before = model.config.to_dict()
+    with pytest.raises(error, match=message):
+        patch_model(model, layout, **options)
+    assert model.config.to_dict() == before and model.config._attn_implementation == "eager"
+
+
+def test_wrong_models_are_refused():
+    with pytest.raises(
+        TypeError, match="model got Linear; it must be a transformers PreTrainedModel"
+    ):
+        patch_model(nn.Linear(2, 2), Dense())
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="has no block-sparse layers; there is nothing to undo"):
+        unpatch_model(model)
+    patch_model(model, Dense())
+    with pytest.raises(ValueError, match="was patched as a part of a larger model"):
+        unpatch_model(model.model)
+
+
+def test_a_layout_too_short_raises_also_in_the_middle_of_a_generation():
+    model = patch_model(make_model("llama"), torch.ones(1, 1), block_size=16)
+    ids = make_batch(14, padded=False)["input_ids"]
+    with pytest.raises(ValueError, match="1 x 1 entries of 16 tokens"):
+        model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def test_only_transformers_own_dense_attention_stays_beside_sparse_layers():
+    model = make_model("llama", "flex_attention")
+    with pytest.raises(NotImplementedError, match="its own attention 'flex_attention'"):
+        patch_model(model, {0: Dense()})
+    patch_model(model, Dense())
+    assert unpatch_model(model).config._attn_implementation == "flex_attention"
+
+
+def test_a_module_without_a_layout_is_refused():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="whose configuration has no layouts; use patch_model"):
+        model.set_attn_implementation("block_sparse")
+    patch_model(model.model, Dense())
+    model.model.layers[0].self_attn.__dict__.pop("_block_sparse")
+    with pytest.raises(RuntimeError, match="LlamaAttention runs with .* but has no layout"):
+        model(**make_batch())
+
+
+def test_another_implementation_can_be_chosen_for_a_while():
+    model = make_model("llama", "sdpa")
+    batch = make_batch()
+    dense = model(**batch).logits
+    sparse = patch_model(model, SlidingWindow(3))(**batch).logits
+    with pytest.warns(UserWarning, match="attn_implementation='sdpa' was asked for"):
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**batch).logits, dense)
+    model.set_attn_implementation("block_sparse")
+    assert torch.equal(model(**batch).logits, sparse)
