@@ -29,7 +29,9 @@ from hf_blocksparse.layouts import (
     mask_to_layout,
 )
 from hf_blocksparse.modules import BlockSparseAttention, MultiHeadDispatch
+from hf_blocksparse.patch import patch_model, unpatch_model
 from hf_blocksparse.sequences import Sequences
+from hf_blocksparse.transformers_hook import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -55,5 +57,8 @@ __all__ = [
     "layout_from_name",
     "layout_to_mask",
     "mask_to_layout",
+    "patch_model",
+    "unpatch_model",
 ]
 
+register_when_imported()

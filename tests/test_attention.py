@@ -398,3 +398,21 @@ def test_a_longer_sequence_than_the_layout_raises_in_the_middle_of_a_generation(
     query, key, value = make_inputs(1, 65)
     with pytest.raises(ValueError, match="layout got 4 x 4 entries of 16 tokens"):
         block_sparse_attention(query, key, value, blocks, block_size=16, is_causal=True)
+
+
+def test_padding_rows_have_no_sink_and_finite_gradients():
+    inputs = make_inputs()
+    sinks = torch.randn(HEADS, dtype=torch.float64, requires_grad=True)
+    padding = torch.ones(BATCH, 100, dtype=torch.bool)
+    padding[0, :30] = False
+    out, lse = block_sparse_attention(
+        *inputs,
+        SlidingWindow(9),
+        is_causal=True,
+        sinks=sinks,
+        key_padding_mask=padding,
+        return_lse=True,
+    )
+    assert lse[0, :, :30].isneginf().all() and (out[0, :, :30] == 0).all()
+    loss = out.square().sum() + torch.where(lse.isinf(), 0, lse).sum()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (*inputs, sinks)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.philox import dropout_keep
 from hf_blocksparse.ops.problem import Problem
-from hf_blocksparse.sequences import Sequences
+from hf_blocksparse.sequences import BATCH, Q_LEN, Q_ROW, Sequences
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -214,7 +214,9 @@ class _Attention(torch.autograd.Function):
         out = query.new_zeros(batch, heads, query_len, value.shape[-1])
         lse = torch.full((batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device)
         if sinks is not None:
-            lse.copy_(sinks.to(dtype)[:, None].expand_as(lse))
+            for row in problem.sequences.table.tolist():
+                rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
+                lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
         tile = _tile(problem.block_size)
         for step in _steps(problem.index_for(tile, tile), problem.sequences, heads):
             part = _StepTensors(step, group, problem, query.shape)
@@ -275,7 +277,7 @@ class _Attention(torch.autograd.Function):
             part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ query_rows)
         grad_sinks = None
         if sinks is not None:
-            share = torch.exp(sinks.to(dtype)[:, None] - lse)
+            share = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(torch.isinf(lse), 0)
             grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
         return (
             grad_query.to(query.dtype),
