@@ -100,6 +100,11 @@ def rows(case: Case, dtype: str, dim: int, tile: int | None = None) -> StridedRo
     return StridedRows(pointer(dtype), (stride, stride, stride), descriptor)
 
 
+def row_values(tile: int | None = None) -> StridedRows:
+    descriptor = Constant(None) if tile is None else Argument(f"tensordesc<fp32[1,1,{tile}]>")
+    return StridedRows(pointer("fp32"), (INT, INT, Constant(1)), descriptor)
+
+
 def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool) -> dict[str, Any]:
     """Arguments of `KERNELS[name]` by parameter, as the launcher makes them."""
     value_dim = case.value_dim or case.head_dim
@@ -109,7 +114,7 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     query_tile, key_tile = (None, streamed) if stationary_is_query else (streamed, None)
     int_pointer = pointer("i32")
     none = Constant(None)
-    float_rows = rows(case, "fp32", 1)
+    lse = row_values()
     arguments: dict[str, Any] = {
         "query": rows(case, case.dtype, case.head_dim, query_tile),
         "key": rows(case, case.dtype, case.head_dim, key_tile),
@@ -134,10 +139,11 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     if name == "forward":
         arguments["sinks"] = pointer("fp32") if case.features else none
         arguments["out"] = rows(case, case.dtype, value_dim)
-        arguments["lse"] = float_rows
+        arguments["lse"] = lse
         return arguments
     arguments["grad_out"] = rows(case, case.dtype, value_dim, query_tile)
-    arguments["log2_sums"] = arguments["deltas"] = float_rows
+    row_tile = None if stationary_is_query or not descriptors else sizes.tile_q
+    arguments["log2_sums"] = arguments["deltas"] = row_values(row_tile)
     arguments["scale"] = FLOAT
     if name == "grad_query":
         arguments["grad_query"] = rows(case, case.dtype, case.head_dim)
@@ -175,7 +181,7 @@ def compile_kernel(
 
 def compile_row_terms(target: GPUTarget) -> Any:
     case = Case("bf16", 80, 128)
-    narrow = rows(case, "fp32", 1)
+    narrow = row_values()
     arguments = {
         "out": rows(case, "bf16", 80),
         "grad_out": rows(case, "bf16", 80),

@@ -212,7 +212,7 @@ def _launch_backward(
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    log2_sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
+    log2_sums, deltas = _empty_row_values(lse), _empty_row_values(lse)
     score_scale, softcap_scale = _score_scales(scale, problem.softcap)
     dropout = _dropout(problem)
     grad_query = grad_key = grad_value = grad_sinks = None
@@ -258,6 +258,7 @@ def _launch_backward(
             items = sequences.kv_items(sizes.tile_kv)
             grad_key = _empty_rows_like(key, key.shape[-1])
             grad_value = _empty_rows_like(value, value.shape[-1])
+            row_tile = sizes.tile_q if _rows_start_aligned(problem, query_len) else None
             if not sequences.covers_keys:
                 grad_key.zero_()
                 grad_value.zero_()
@@ -266,8 +267,8 @@ def _launch_backward(
                 _rows(key),
                 _rows(value),
                 _rows(grad_out, sizes.tile_q),
-                _rows(log2_sums),
-                _rows(deltas),
+                _rows(log2_sums, row_tile),
+                _rows(deltas, row_tile),
                 _rows(grad_key),
                 _rows(grad_value),
                 items,
@@ -342,6 +343,18 @@ def _empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
     return tensor.new_empty(batch, heads, rows, last_size)
 
 
+def _empty_row_values(lse: Tensor) -> Tensor:
+    """Uninitialised, of the shape of `lse`, with strides that tensor descriptors accept."""
+    batch, heads, rows = lse.shape
+    return lse.new_empty(batch, heads, -(-rows // 4) * 4)[..., :rows]
+
+
+def _rows_start_aligned(problem: Problem, query_len: int) -> bool:
+    """Whether every query tile starts at a multiple of 16 bytes of float32 rows, as descriptors of rows need it."""
+    first_position = problem.sequences.query_end - query_len
+    return problem.sequences.is_uniform and first_position % 4 == 0
+
+
 def _rows(tensor: Tensor, tile: int | None = None) -> StridedRows:
     """A tensor as a kernel argument; with `tile`, read by tensor descriptor where that is possible."""
     from hf_blocksparse.ops.triton.tiles import StridedRows
@@ -351,7 +364,7 @@ def _rows(tensor: Tensor, tile: int | None = None) -> StridedRows:
 
 
 def _descriptor(tensor: Tensor, tile: int) -> Any:
-    """A tensor descriptor of blocks [1, 1, tile, padded dim], None where hardware or alignment forbid it."""
+    """A tensor descriptor of blocks of `tile` rows of one head, None where hardware or alignment forbid it."""
     backend, capability = _backend(tensor.device)
     if backend == "hip" or (backend == "cuda" and capability < 90):
         return None
@@ -361,11 +374,11 @@ def _descriptor(tensor: Tensor, tile: int) -> Any:
     # The stride of an axis of one element is never used, and may be anything.
     strides = [
         stride if size > 1 else granule
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ][:-1]
     if tensor.data_ptr() % 16 or any(stride % granule or stride <= 0 for stride in strides):
         return None
-    block = [1, 1, tile, _padded(tensor.shape[-1])]
+    block = [1, 1, tile] if tensor.dim() == 3 else [1, 1, tile, _padded(tensor.shape[-1])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
 

@@ -23,6 +23,7 @@ from hf_blocksparse.ops.triton.tiles import (
     edge_entry,
     load_bits,
     load_list,
+    load_row_values,
     load_rows,
     load_rows_between,
     load_sequence,
@@ -335,23 +336,20 @@ def grad_key_value_kernel(
         head = kv_head * group_size + member
         begin, partial_begin, end = load_list(lists, sequence, head, tile)
         batch_head = batch * num_query_heads + head
-        head_log2_sums = row_pointers(log2_sums, batch, head)
-        head_deltas = row_pointers(deltas, batch, head)
 
         full_first, full_last, full_start, full_stop = clip_entries(
             lists.indices, begin, partial_begin, q_pos, q_pos + q_len, TILE_Q
         )
         for entry in tl.range(full_first, full_last):
             first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
-            query_rows = first_query_row + tl.arange(0, TILE_Q)
             query_tile = load_rows(
                 query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
             )
             grad_out_tile = load_rows(
                 grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
             )
-            log2_sum = tl.load(head_log2_sums + query_rows)
-            delta = tl.load(head_deltas + query_rows)
+            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, None, key_rows, first_query_row, batch_head,
@@ -363,7 +361,6 @@ def grad_key_value_kernel(
         )
         for entry in tl.range(partial_first, partial_last):
             first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
-            query_rows = first_query_row + tl.arange(0, TILE_Q)
             kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
             query_tile = load_rows(
                 query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
@@ -371,8 +368,8 @@ def grad_key_value_kernel(
             grad_out_tile = load_rows(
                 grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
             )
-            log2_sum = tl.load(head_log2_sums + query_rows)
-            delta = tl.load(head_deltas + query_rows)
+            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,
@@ -397,8 +394,10 @@ def grad_key_value_kernel(
                 TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
             )  # fmt: skip
             # Rows of nobody get p = 2^(s - inf) = 0.
-            log2_sum = tl.load(head_log2_sums + query_rows, mask=owned, other=float("inf"))
-            delta = tl.load(head_deltas + query_rows, mask=owned, other=0.0)
+            log2_sum = tl.load(
+                row_pointers(log2_sums, batch, head) + query_rows, mask=owned, other=float("inf")
+            )
+            delta = tl.load(row_pointers(deltas, batch, head) + query_rows, mask=owned, other=0.0)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,

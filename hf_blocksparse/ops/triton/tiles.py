@@ -18,10 +18,10 @@ import triton.language as tl
 
 
 class StridedRows(NamedTuple):
-    """A tensor [batch, heads, rows, dim] (or [batch, heads, rows]) with a contiguous last axis.
+    """A tensor [batch, heads, rows, dim] or [batch, heads, rows].
 
-    `strides` are those of batch, head and row, in elements. `descriptor` is a tensor descriptor of blocks
-    [1, 1, tile, padded dim], or None where the hardware or the strides do not allow one.
+    `strides` are those of batch, head and row, in elements; that of `dim` is 1. `descriptor` is a tensor descriptor of
+    blocks [1, 1, tile, padded dim] or [1, 1, tile], None where the tensor is read by pointers.
     """
 
     pointer: Any
@@ -147,6 +147,15 @@ def load_rows(
 
 
 @triton.jit
+def load_row_values(tensor, batch, head, first_row, TILE: tl.constexpr):
+    """[TILE] values of a tensor [batch, heads, rows], all of whose rows exist."""
+    if tensor.descriptor is not None:
+        return tensor.descriptor.load([batch, head, first_row]).reshape([TILE])
+    else:
+        return tl.load(row_pointers(tensor, batch, head) + first_row + tl.arange(0, TILE))
+
+
+@triton.jit
 def load_rows_between(
     tensor,
     batch,
@@ -201,21 +210,20 @@ def load_bits(bank, mask_id, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TRANSP
 
     Words are loaded by query row alone and spread over the keys in registers.
     """
-    WORDS: tl.constexpr = (TILE_KV + 31) // 32
+    WIDTH: tl.constexpr = 32 if TILE_KV >= 32 else TILE_KV
+    WORDS: tl.constexpr = TILE_KV // WIDTH
     queries = tl.arange(0, TILE_Q)
-    keys = tl.arange(0, TILE_KV)
-    words = bank + (mask_id.to(tl.int64) * TILE_Q + queries) * WORDS
-    is_partial = (mask_id + queries * 0) >= 0
+    words = tl.arange(0, WORDS)
+    bits = tl.arange(0, WIDTH)
+    entry = bank + mask_id.to(tl.int64) * (TILE_Q * WORDS)
     if TRANSPOSED:
-        kept = tl.zeros([TILE_KV, TILE_Q], tl.int32)
-        for word in tl.static_range(WORDS):
-            packed = tl.load(words + word, mask=is_partial, other=-1)
-            kept = tl.where((keys // 32 == word)[:, None], packed[None, :] >> (keys % 32)[:, None], kept)
+        place = words[:, None] + queries[None, :] * WORDS
+        packed = tl.load(entry + place, mask=(place + mask_id) >= place, other=-1)
+        kept = (packed[:, None, :] >> bits[None, :, None]).reshape([TILE_KV, TILE_Q])
     else:
-        kept = tl.zeros([TILE_Q, TILE_KV], tl.int32)
-        for word in tl.static_range(WORDS):
-            packed = tl.load(words + word, mask=is_partial, other=-1)
-            kept = tl.where((keys // 32 == word)[None, :], packed[:, None] >> (keys % 32)[None, :], kept)
+        place = queries[:, None] * WORDS + words[None, :]
+        packed = tl.load(entry + place, mask=(place + mask_id) >= place, other=-1)
+        kept = (packed[:, :, None] >> bits[None, None, :]).reshape([TILE_Q, TILE_KV])
     return (kept & 1) != 0
 
 
