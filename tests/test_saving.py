@@ -1,0 +1,343 @@
+"""A layout survives saving and loading, switches a dense checkpoint by itself, and is never dropped in silence."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from test_patch import bart, llava
+from tiny_models import make_batch, make_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
+
+from hf_blocksparse import (
+    BigBird,
+    Dense,
+    MaskLayout,
+    PerHead,
+    PerLayer,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+)
+from hf_blocksparse.model_layouts import state_of
+from hf_blocksparse.patch import patch_model, unpatch_model
+
+torch.manual_seed(0)
+LAYOUTS = {
+    "rule": SinkWindow(2, 6),
+    "random": BigBird(block_size=16, window_blocks=1, global_blocks=0, random_blocks=1),
+    "tensor": TensorLayout.from_tensor((torch.rand(4, 4, 4) > 0.5) | torch.eye(4).bool(), 16),
+    "mask": MaskLayout.from_tensor((torch.rand(48, 48) > 0.5) | torch.eye(48).bool()),
+    "per head": PerHead((Dense(), SlidingWindow(3), SlidingWindow(5) | SinkWindow(1, 2), Dense())),
+    "by number": PerLayer({1: SlidingWindow(3)}),
+    "by path": {"model.layers.0.self_attn": SlidingWindow(3)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_two_generations_of_saving_and_loading(layout, tmp_path):
+    model = patch_model(make_model("llama", "sdpa"), layout)
+    batch = make_batch()
+    expected = model(**batch).logits
+    section = model.config.block_sparse
+    for generation in ("first", "second", "third"):
+        model.save_pretrained(tmp_path / generation)
+        saved = json.loads((tmp_path / generation / "config.json").read_text())
+        assert saved["attn_implementation"] == "block_sparse"
+        assert saved["block_sparse"] == section
+        assert not (tmp_path / generation / "generation_config.json").read_text().count("sparse")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / generation)
+        assert model.config._attn_implementation == "block_sparse"
+        assert model.config.block_sparse == section
+        assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "bert"])
+def test_other_families_and_other_heads(family, tmp_path):
+    model = patch_model(make_model(family), {0: SlidingWindow(3)})
+    model.save_pretrained(tmp_path)
+    batch = make_batch()
+    loaded = type(model).from_pretrained(tmp_path)
+    # Loaded models keep transformers' default attention in the other layers, the patched one kept eager attention.
+    torch.testing.assert_close(
+        loaded(**batch).logits[batch["attention_mask"].bool()],
+        model(**batch).logits[batch["attention_mask"].bool()],
+        atol=5e-5,
+        rtol=1e-5,
+    )
+    base = AutoModel.from_pretrained(tmp_path)
+    assert [state.layout for state in states(base)] == [SlidingWindow(3), None]
+    assert [state.layout for state in states(loaded)] == [SlidingWindow(3), None]
+
+
+def states(model):
+    return [state for module in model.modules() if (state := state_of(module))]
+
+
+def test_a_path_is_the_same_with_and_without_a_head(tmp_path):
+    model = patch_model(make_model("llama"), {"model.layers.1.self_attn": SlidingWindow(3)})
+    assert list(model.config.block_sparse["layouts"]) == ["layers.1.self_attn"]
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModel, AutoModelForCausalLM):
+        assert [state.layout for state in states(auto.from_pretrained(tmp_path))] == [
+            None,
+            SlidingWindow(3),
+        ]
+
+
+def test_a_loaded_model_can_be_made_dense(tmp_path):
+    dense = make_model("llama", "sdpa")
+    batch = make_batch()
+    expected = dense(**batch).logits
+    dense.save_pretrained(tmp_path / "dense")
+    patch_model(dense, SlidingWindow(3)).save_pretrained(tmp_path / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert torch.equal(unpatch_model(model)(**batch).logits, expected)
+    assert model.config._attn_implementation == "sdpa"
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config
+    assert model.config.to_diff_dict() == reference.to_diff_dict()
+    model.save_pretrained(tmp_path / "again")
+    files = [
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "again")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_loaded_model_can_be_patched_again(tmp_path):
+    patch_model(make_model("llama", "sdpa"), SlidingWindow(3)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    patch_model(model, {0: SinkWindow(1, 2)})
+    assert [state.layout for state in states(model)] == [SinkWindow(1, 2), None]
+    assert unpatch_model(model).config._attn_implementation == "sdpa"
+    assert model.config.block_sparse is None
+
+
+@pytest.fixture
+def dense_checkpoint(tmp_path):
+    path = tmp_path / "dense"
+    make_model("llama", "sdpa").save_pretrained(path)
+    return path
+
+
+def sparse_logits(layout):
+    return patch_model(make_model("llama", "sdpa"), layout)(**make_batch()).logits
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        SlidingWindow(3),
+        SlidingWindow(3).to_dict(),
+        {"version": 1, "layouts": {"*": SlidingWindow(3).to_dict()}},
+        {0: SlidingWindow(3), "layers.1": SlidingWindow(3)},
+    ],
+    ids=["layout", "layout's dict", "section", "by layer"],
+)
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, LlamaForCausalLM])
+def test_a_dense_checkpoint_becomes_sparse_by_the_flag(auto, value, dense_checkpoint, tmp_path):
+    expected = sparse_logits(SlidingWindow(3))
+    model = auto.from_pretrained(dense_checkpoint, block_sparse=value)
+    assert torch.equal(model(**make_batch()).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = auto.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**make_batch()).logits, expected)
+
+
+def test_a_configuration_that_carries_the_section(dense_checkpoint):
+    config = AutoConfig.from_pretrained(dense_checkpoint)
+    assert config.block_sparse is None
+    config.block_sparse = SlidingWindow(3)
+    loaded = AutoModelForCausalLM.from_pretrained(dense_checkpoint, config=config)
+    assert torch.equal(loaded(**make_batch()).logits, sparse_logits(SlidingWindow(3)))
+    for make in (AutoModelForCausalLM.from_config, LlamaForCausalLM):
+        assert [state.layout for state in states(make(config))] == [SlidingWindow(3)] * 2
+
+    # The configuration of a model that was built dense.
+    config = AutoModelForCausalLM.from_pretrained(dense_checkpoint).config
+    assert config._attn_implementation == "sdpa"
+    config.block_sparse = "sink_window"
+    assert len(states(AutoModelForCausalLM.from_config(config))) == 2
+    del config.block_sparse
+    assert not states(AutoModelForCausalLM.from_config(config))
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, block_sparse=Dense())
+    assert config.block_sparse == {"version": 1, "layouts": {"*": Dense().to_dict()}}
+
+
+def test_an_explicit_implementation_wins_and_warns(dense_checkpoint, tmp_path):
+    batch = make_batch()
+    dense = make_model("llama", "sdpa")(**batch).logits
+    patch_model(make_model("llama", "sdpa"), SlidingWindow(3)).save_pretrained(tmp_path / "sparse")
+    explicit = dict(attn_implementation="sdpa")
+    for path, options in (
+        (tmp_path / "sparse", explicit),
+        (dense_checkpoint, explicit | {"block_sparse": SlidingWindow(3)}),
+    ):
+        for auto in (AutoModelForCausalLM, LlamaForCausalLM):
+            with pytest.warns(UserWarning, match="'sdpa' was asked for, so the model runs dense"):
+                model = auto.from_pretrained(path, **options)
+            assert torch.equal(model(**batch).logits, dense)
+    # A run-time wish: what is saved is sparse again.
+    model.save_pretrained(tmp_path / "again")
+    assert states(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+def test_dense_models_are_left_alone(dense_checkpoint):
+    saved = json.loads((dense_checkpoint / "config.json").read_text())
+    assert "block_sparse" not in saved and "attn_implementation" not in saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = AutoModelForCausalLM.from_pretrained(dense_checkpoint)
+    assert model.config._attn_implementation == "sdpa" and not states(model)
+    with pytest.raises(
+        ValueError, match="'block_sparse' for LlamaForCausalLM, whose configuration"
+    ):
+        AutoModelForCausalLM.from_pretrained(dense_checkpoint, attn_implementation="block_sparse")
+
+
+def test_parts_of_a_multimodal_model(tmp_path):
+    model = llava()
+    inputs = {"input_ids": torch.tensor([[5, 6, *range(6, 36)]])}
+    patch_model(model.model.language_model, SlidingWindow(3))
+    expected = model(**inputs).logits
+    for generation in ("first", "second"):
+        model.save_pretrained(tmp_path / generation)
+        saved = json.loads((tmp_path / generation / "config.json").read_text())
+        assert saved["attn_implementation"] == {"text_config": "block_sparse"}
+        assert "block_sparse" not in saved and "block_sparse" not in saved["vision_config"]
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path / generation)
+        assert torch.equal(model(**inputs).logits, expected)
+        assert [state.path.split(".")[1] for state in states(model)] == ["language_model"] * 2
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    dense = unpatch_model(model)(**inputs).logits
+    assert not torch.equal(dense, expected) and torch.equal(dense, llava()(**inputs).logits)
+
+    model.save_pretrained(tmp_path / "dense")
+    model = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "dense", block_sparse=SlidingWindow(3)
+    )
+    assert len(states(model)) == 3
+    model.save_pretrained(tmp_path / "whole")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert len(states(model)) == 3
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(
+        ValueError, match=r"config.block_sparse got the layers \['0'\] for LlavaConfig"
+    ):
+        model.config.block_sparse = {0: Dense()}
+
+
+def test_an_encoder_and_decoder(tmp_path):
+    model = bart()
+    batch = make_batch(30)
+    batch["decoder_input_ids"] = make_batch(20, padded=False)["input_ids"]
+    names = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]
+    patch_model(model, {name: SlidingWindow(4) for name in names})
+    expected = model(**batch).logits
+    for generation in ("first", "second"):
+        model.save_pretrained(tmp_path / generation)
+        model = type(model).from_pretrained(tmp_path / generation)
+        assert torch.equal(model(**batch).logits, expected)
+        assert [state.layout for state in states(model)] == [
+            SlidingWindow(4),
+            SlidingWindow(4),
+            None,
+        ]
+
+
+def save_with_section(path, section):
+    make_model("llama").save_pretrained(path)
+    saved = json.loads((path / "config.json").read_text())
+    saved["block_sparse"] = section
+    saved["attn_implementation"] = "block_sparse"
+    (path / "config.json").write_text(json.dumps(saved))
+
+
+STORED = SlidingWindow(3).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("section", "error", "message"),
+    [
+        (
+            {"version": 0, "layouts": {"*": STORED}},
+            ValueError,
+            "version got 0; it must be a positive",
+        ),
+        ({"layouts": {"*": STORED}}, ValueError, "version got None"),
+        ({"version": 1}, ValueError, "layouts got None; it must be a dict of at least one layer"),
+        ({"version": 1, "layouts": {}}, ValueError, "layouts got {}"),
+        (
+            {"version": 1, "layouts": {"*": 7}},
+            TypeError,
+            "layouts got 7; every value must be a stored",
+        ),
+        (
+            {"version": 1, "layouts": {"*": {"kind": "windw"}}},
+            ValueError,
+            "layout got kind 'windw'",
+        ),
+        (
+            {"version": 1, "layouts": {"*": STORED | {"version": 9}}},
+            ValueError,
+            "layout got version 9",
+        ),
+        (
+            {"version": 1, "layouts": {"*": STORED | {"stride": 2}}},
+            ValueError,
+            r"layout got the keys \['stride'\] for kind 'sliding_window'",
+        ),
+        ({"version": 1, "layouts": {"*": STORED, "0": STORED}}, ValueError, "stands alone"),
+        (["*"], TypeError, "layout got list; it must be a layout"),
+    ],
+)
+def test_wrong_sections_are_refused(section, error, message, tmp_path):
+    save_with_section(tmp_path, section)
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"version": 2, "layouts": {"*": STORED}},
+        {"version": 1, "layouts": {"*": STORED}, "sinks": {"*": 1}},
+    ],
+    ids=["newer version", "unknown key"],
+)
+def test_sections_of_newer_releases_warn(section, tmp_path):
+    save_with_section(tmp_path, section)
+    with pytest.warns(UserWarning, match="upgrade hf-blocksparse if a newer release wrote this"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [state.layout for state in states(model)] == [SlidingWindow(3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"5": STORED}, "layout names layer 5, but LlamaForCausalLM has attention layers 0..1"),
+        ({"layers.9.self_attn": STORED}, "layout names module 'layers.9.self_attn', but Llama"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers, message, tmp_path):
+    save_with_section(tmp_path, {"version": 1, "layouts": layers})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model(**make_batch())
+
+
+def test_the_flag_does_not_run_dense_in_silence_where_it_cannot_reach():
+    config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    config.block_sparse = SlidingWindow(3)
+    with pytest.raises(
+        NotImplementedError, match="cannot be patched as a whole: h.0.self_attention"
+    ):
+        BloomForCausalLM(config)
