@@ -40,6 +40,8 @@ def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None)
                 f"block_size got None for a layout tensor of shape {tuple(layout.shape)}; a tensor needs the size of its blocks; "
                 "give block_size=16, 32, 64 or 128."
             )
+        if layout.is_inference():  # has no version, so a change would go unseen
+            return TensorLayout.from_tensor(layout, block_size)
         known = _layout_of_tensor.setdefault(layout, {})
         key = (layout._version, block_size)
         if key not in known:

@@ -133,6 +133,8 @@ class _ListGroup:
     heads: tuple[int, ...]
 
 
+# Cached indices outlive the call: tensors made in inference mode could not take part in a later backward.
+@torch.inference_mode(False)
 def _build(
     groups: Seq[_ListGroup],
     list_of: Tensor,
@@ -429,6 +431,8 @@ def get_index(
     )
     if attn_mask is not None:
         owner = attn_mask if mask_owner is None else mask_owner
+        if owner.is_inference():  # has no version, so a change would go unseen
+            return build_index_per_sequence(layout, sequences, attn_mask, **options)
         indices = _cache_of_mask.setdefault(owner, {})
         key = (owner._version, layout, *options.values(), sequences)
         if key not in indices:

@@ -52,6 +52,7 @@ class Sequences:
         """The same for key tiles, early tiles first."""
         return self._cached_items(False, tile)
 
+    @torch.inference_mode(False)
     def _cached_items(self, of_queries: bool, tile: int) -> Tensor:
         key = (of_queries, tile)
         if key not in self._items:
@@ -181,6 +182,7 @@ class Sequences:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the table outlives the call
 def _uniform(
     batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
 ) -> Sequences:

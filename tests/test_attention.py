@@ -16,6 +16,7 @@ from hf_blocksparse import (
     SinkWindow,
     SlidingWindow,
     TensorLayout,
+    block_index,
     block_sparse_attention,
     layout_to_mask,
 )
@@ -416,3 +417,16 @@ def test_padding_rows_have_no_sink_and_finite_gradients():
     assert lse[0, :, :30].isneginf().all() and (out[0, :, :30] == 0).all()
     loss = out.square().sum() + torch.where(lse.isinf(), 0, lse).sum()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (*inputs, sinks)))
+
+
+def test_inference_mode_does_not_spoil_later_training():
+    block_index.clear_cache()
+    inputs = make_inputs(77)
+    with torch.inference_mode():
+        mask, blocks = torch.rand(77, 77) > 0.3, torch.tril(torch.ones(5, 5))
+        for _ in range(2):
+            block_sparse_attention(*inputs, SinkWindow(3, 9), is_causal=True)
+            block_sparse_attention(*inputs, blocks, block_size=16, attn_mask=mask)
+    out = block_sparse_attention(*inputs, SinkWindow(3, 9), is_causal=True)
+    grads = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+    torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
