@@ -1,0 +1,130 @@
+"""Time and memory of attention, alone and in a model; each function is run in a fresh process."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pretrained import load_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hf_blocksparse import PerLayer, block_sparse_attention, layout_from_dict, patch_model
+from hf_blocksparse.evaluation import Cost, measure_cost, next_token_losses
+
+ALONE, WHOLE_MODEL = "attention alone", "whole model"
+FORWARD, FORWARD_AND_BACKWARD = "forward", "forward and backward"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """Mixed precision in `dtype` over float32 weights; nothing where dtype is float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+class HeadGroups(nn.Module):
+    """What transformers' attention functions read from an attention module."""
+
+    def __init__(self, num_groups: int):
+        super().__init__()
+        self.num_key_value_groups = num_groups
+        self.is_causal = True
+
+
+def attention_alone(
+    implementation: str,
+    layout: dict[str, Any] | None,
+    *,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    context_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repetitions: int,
+) -> Cost:
+    """Forward and backward of one causal attention, batch 1.
+
+    Args:
+        implementation: "eager" or "sdpa", transformers' own functions on the inputs its models give
+            them; "block_sparse" with `layout`.
+    """
+    torch.manual_seed(0)
+    query, grad = (
+        torch.randn(1, query_heads, context_tokens, head_dim, device=device, dtype=dtype)
+        for _ in range(2)
+    )
+    key, value = (
+        torch.randn(1, kv_heads, context_tokens, head_dim, device=device, dtype=dtype)
+        for _ in range(2)
+    )
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    module, scale = HeadGroups(query_heads // kv_heads), head_dim**-0.5
+    mask = None
+    if implementation == "eager":
+        hidden = torch.ones(context_tokens, context_tokens, dtype=torch.bool, device=device).triu(1)
+        mask = torch.zeros(1, 1, context_tokens, context_tokens, device=device, dtype=dtype)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        del hidden
+
+    def attend() -> torch.Tensor:
+        if layout is not None:
+            sparse = layout_from_dict(layout)
+            if isinstance(sparse, PerLayer):
+                sparse = sparse.layers[0][1]
+            return block_sparse_attention(
+                query, key, value, sparse.for_layer(0), is_causal=True, scale=scale, enable_gqa=True
+            )
+        function = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}[
+            implementation
+        ]
+        return function(module, query, key, value, mask, scaling=scale)[0].transpose(1, 2)
+
+    return measure_cost(
+        lambda: torch.autograd.grad(attend(), inputs, grad), device=device, repetitions=repetitions
+    )
+
+
+def whole_model(
+    implementation: str,
+    layout: dict[str, Any] | None,
+    *,
+    path: str,
+    tokens: list[list[int]],
+    work: str,
+    first_target: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repetitions: int,
+    warmup: int,
+) -> Cost:
+    """Score windows ("forward"), or one training step without its optimizer, with the gradient
+    checkpointing of the fine-tuning ("forward and backward").
+    """
+    model = load_model(
+        path, device, attn_implementation="sdpa" if layout is not None else implementation
+    )
+    if layout is not None:
+        patch_model(model, layout_from_dict(layout))
+    windows = torch.tensor(tokens, device=device)
+
+    def score() -> None:
+        with torch.no_grad(), autocast(device, dtype):
+            next_token_losses(model, windows, first_target=first_target)
+
+    def step() -> None:
+        with autocast(device, dtype):
+            loss = next_token_losses(model, windows).mean()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    if work == FORWARD_AND_BACKWARD:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return measure_cost(
+        step if work == FORWARD_AND_BACKWARD else score,
+        device=device,
+        repetitions=repetitions,
+        warmup=warmup,
+    )

