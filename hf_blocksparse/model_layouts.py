@@ -63,6 +63,11 @@ class LayerAttention:
     calls: int = 0
 
 
+def config_of(module: nn.Module) -> Any:
+    """The configuration an attention module or a model reads."""
+    return module.config
+
+
 def state_of(module: nn.Module) -> LayerAttention | None:
     return module.__dict__.get(_STATE)
 
@@ -427,7 +432,7 @@ def attach_from_config(model: PreTrainedModel) -> None:
                 LayerAttention(
                     full_path,
                     layer_layout(path, assigned[path][1]) if path in assigned else None,
-                    _dense_implementation(model, module.config),
+                    _dense_implementation(model, config_of(module)),
                     problem="; ".join(problems) or None,
                 ),
             )

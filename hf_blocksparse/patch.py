@@ -21,6 +21,7 @@ from hf_blocksparse.model_layouts import (
     attach,
     attention_modules,
     check_reachable,
+    config_of,
     config_owners,
     layer_layout,
     layouts_by_layer,
@@ -129,9 +130,9 @@ def _switch(
         if not any(config is known for known in configs[:place])
     ]
     kept = {
-        path: module.config._attn_implementation
+        path: config_of(module)._attn_implementation
         for path, module in modules.items()
-        if any(module.config is config for config in configs)
+        if any(config_of(module) is config for config in configs)
     }
     left = [path for path in kept if path not in assigned]
     if wrong := [path for path in left if kept[path] not in _KEPT_IMPLEMENTATIONS]:
@@ -147,8 +148,8 @@ def _switch(
     for config, section in sections:
         config.__dict__[SECTION] = write_section(section)
     for path, dense in kept.items():
-        layout = layer_layout(path, assigned[path][1]) if path in assigned else None
-        attach(modules[path], LayerAttention(path, layout, dense, impl))
+        own = layer_layout(path, assigned[path][1]) if path in assigned else None
+        attach(modules[path], LayerAttention(path, own, dense, impl))
 
 
 def _configs_around(owner: nn.Module, path: str) -> list[Any]:
@@ -158,7 +159,7 @@ def _configs_around(owner: nn.Module, path: str) -> list[Any]:
     names = path.split(".")
     around = [owner.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
     configs = [module.config for module in around if isinstance(module, PreTrainedModel)]
-    return [*configs, owner.get_submodule(path).config]
+    return [*configs, config_of(owner.get_submodule(path))]
 
 
 def _report(model: PreTrainedModel, assigned: dict[str, tuple[LayerKey, Layout]]) -> str:

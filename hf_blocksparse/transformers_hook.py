@@ -17,6 +17,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from hf_blocksparse.model_layouts import (
     SECTION,
     LayerAttention,
     attach_from_config,
+    config_of,
     layouts_by_layer,
     registered_configs,
     section_of,
@@ -126,7 +128,7 @@ def block_sparse_attention_forward(
     if cu_seqlens != (None, None):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
-    out = block_sparse_attention(
+    out = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
         query,
         key,
         value,
@@ -138,7 +140,7 @@ def block_sparse_attention_forward(
         scale=scaling,
         softcap=softcap,
         sinks=sinks,
-        impl=state.impl,  # type: ignore[arg-type]
+        impl=state.impl,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -203,9 +205,8 @@ def _read_mask(
             f"{state.path} got {query_len} queries and {kv_len} keys without causality: it is a cross-attention, and a layout has no "
             "meaning between two sequences; leave this layer out with a PerLayer layout."
         )
-    return (
-        attention_mask if attention_mask.device == query.device else attention_mask.to(query.device)
-    )
+    is_here = attention_mask.device == query.device
+    return attention_mask if is_here else attention_mask.moved(query.device)
 
 
 def _packed_sequences(
@@ -251,8 +252,8 @@ def _same_dtype(
         target = torch.get_autocast_dtype(device_type)
     elif query.dtype == key.dtype == value.dtype:
         return query, key, value
-    elif hasattr(module.config, "_is_quantized"):
-        target = module.config.dtype
+    elif hasattr(config_of(module), "_is_quantized"):
+        target = config_of(module).dtype
     else:
         linear = (part for part in module.modules() if isinstance(part, nn.Linear))
         target = next((part.weight.dtype for part in linear), value.dtype)
@@ -271,16 +272,12 @@ def _dense_attention(
     if isinstance(mask, SequenceMask):
         mask = mask.own_mask(name)
         mask = mask if mask is None else mask.to(query.device)
-    for cls in type(module).__mro__:
-        source = sys.modules.get(cls.__module__)
-        interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", None)
-        if interface is not None:
-            eager = getattr(source, "eager_attention_forward", None)
-            return interface.get_interface(name, eager)(module, query, key, value, mask, **options)
-    raise NotImplementedError(
-        f"{state.path} ({type(module).__name__}) shall stay dense, but its module defines no attention interface; "
-        "name this layer in the layout."
+    # What the module's own forward sees; a release may keep an interface of its own beside a model.
+    names = inspect.unwrap(type(module).forward).__globals__
+    attention = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        name, names.get("eager_attention_forward")
     )
+    return attention(module, query, key, value, mask, **options)
 
 
 def check_config_value(value: object) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ class SequenceMask(Tensor):
     _arguments: dict[str, Any] | None
     _own_masks: dict[str, Tensor | None]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -94,24 +94,20 @@ class SequenceMask(Tensor):
         if implementation not in self._own_masks:
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-            if self._arguments is None:
-                raise RuntimeError(
-                    f"attention_mask got {self!r} without the arguments it was made of; a layer that keeps its dense attention "
-                    "needs them; give the model a 2-D attention_mask, or name every layer in the layout."
-                )
             self._own_masks[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-                **self._arguments
+                **self._arguments  # type: ignore[arg-type]  # make_mask always gives them
             )
         mask = self._own_masks[implementation]
         return mask if mask is None else mask.to(self.device)
 
-    def _moved(self, device: torch.device | None) -> SequenceMask:
+    def moved(self, device: torch.device) -> SequenceMask:
+        """A copy on `device`."""
         sequences, dense = self.sequences, self.dense
-        if device is not None and device != sequences.table.device:
+        if device != self.device:
             sequences = replace(sequences, table=sequences.table.to(device), _items={})
             dense = None if dense is None else dense.to(device)
         batch, _, query_len, kv_len = self.shape
-        moved = SequenceMask(
+        copy = SequenceMask(
             batch,
             query_len,
             kv_len,
@@ -124,19 +120,19 @@ class SequenceMask(Tensor):
             is_cross=self.is_cross,
             arguments=self._arguments,
         )
-        moved._own_masks = self._own_masks
-        return moved
+        copy._own_masks = self._own_masks
+        return copy
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         aten = torch.ops.aten
         if func in (aten.clone.default, aten.detach.default, aten.alias.default):
-            return args[0]._moved(None)
+            return args[0].moved(args[0].device)
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
-            return args[0]._moved(kwargs.get("device"))
+            return args[0].moved(kwargs.get("device") or args[0].device)
         if func is aten._has_compatible_shallow_copy_type.default:
             return False
         raise NotImplementedError(
@@ -214,13 +210,11 @@ def _recognise(mask_function: Callable) -> _Predicate | None:
             inner = _recognise(held["mask_function"])
             return None if inner is None or inner.chunk_tokens is not None else inner
         case "and_masks":
-            joined: _Predicate | None = _Predicate()
+            whole: _Predicate | None = _Predicate()
             for part in held["mask_functions"]:
                 predicate = _recognise(part)
-                joined = None if predicate is None else joined.joined(predicate)
-                if joined is None:
-                    return None
-            return joined
+                whole = None if whole is None or predicate is None else whole.joined(predicate)
+            return whole
     return None
 
 
@@ -288,6 +282,11 @@ def make_mask(
     if predicate is None or (documents is not None and attention_mask is not None):
         predicate = _Predicate()
         dense = _evaluate(arguments)
+    if dense is not None and dense.is_inference():
+        with torch.inference_mode(False):
+            dense = (
+                dense.clone()
+            )  # an index is kept for ordinary tensors only, and every layer asks for it
     return SequenceMask(
         batch_size,
         q_length,
@@ -307,7 +306,9 @@ def _evaluate(arguments: dict[str, Any]) -> Tensor:
     from transformers.masking_utils import sdpa_mask
 
     always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(**(arguments | always))
+    mask = sdpa_mask(**(arguments | always))
+    assert mask is not None
+    return mask
 
 
 def _sequences_of_padding(
@@ -323,20 +324,23 @@ def _sequences_of_padding(
 
     Query rows that stand at padding belong to no sequence. With a static cache the keys end where the queries do, before the tensor.
     """
-    is_static = isinstance(q_offset, Tensor)
+    keys_end = kv_offset + kv_len
+    queries_end = (
+        None if isinstance(q_offset, Tensor) else q_offset + query_len
+    )  # None: only the device knows
+    first: Tensor | None = None
+    last: Tensor | None = None
     has_holes = False
-    first: Tensor | int = 0
-    end: Tensor | int = q_offset + query_len
     if attention_mask is not None:
-        if tuple(attention_mask.shape[:1]) != (batch,) or attention_mask.dim() != 2:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
             raise ValueError(
                 f"attention_mask got shape {tuple(attention_mask.shape)}; it must be (batch, length) with batch {batch}; "
                 "give one row per batch item."
             )
         length = attention_mask.shape[1]
-        if not is_static and length < q_offset + query_len:
+        if queries_end is not None and length < queries_end:
             raise ValueError(
-                f"attention_mask got {length} tokens; the queries end at token {q_offset + query_len}; "
+                f"attention_mask got {length} tokens; the queries end at token {queries_end}; "
                 "append ones for the tokens in the cache and the new ones."
             )
         place = torch.arange(length, device=device)
@@ -346,43 +350,43 @@ def _sequences_of_padding(
         state = torch.stack(((real.sum(1) < last - first).any(), real.all())).tolist()
         has_holes = bool(state[0])
         if state[1]:
-            first = 0
-        else:
-            end = torch.minimum(last, torch.as_tensor(end, device=device))
-    is_covering = isinstance(first, int)
-    covers_keys = is_covering and not is_static and end == kv_offset + kv_len
-    if covers_keys and not kv_offset:
-        return Sequences.uniform(batch, query_len, kv_len, q_offset, device), has_holes, True
+            first = last = None
+    is_whole = first is None
+    covers_keys = is_whole and queries_end == keys_end
+    if covers_keys and not kv_offset and queries_end is not None:
+        start = queries_end - query_len
+        return Sequences.uniform(batch, query_len, kv_len, start, device), has_holes, True
 
-    def column(value: Tensor | int) -> Tensor:
-        return torch.as_tensor(value, device=device).expand(batch)
-
-    first, end, start = column(first), column(end), column(q_offset)
-    first_query = torch.maximum(first, start)
+    offset = torch.as_tensor(q_offset, device=device).expand(batch)
+    end = offset + query_len
+    if first is None or last is None:
+        first = torch.zeros_like(offset)
+    else:
+        end = torch.minimum(last, end)
+    first_query = torch.maximum(first, offset)
     first_key = first.clamp(min=kv_offset)
     table = torch.stack(
         (
             torch.arange(batch, device=device),
-            first_query - start,
+            first_query - offset,
             (end - first_query).clamp(min=0),
             first_query - first,
             first_key - kv_offset,
-            (end.clamp(max=kv_offset + kv_len) - first_key).clamp(min=0),
+            (end.clamp(max=keys_end) - first_key).clamp(min=0),
             first_key - first,
         ),
         1,
     ).to(torch.int32)
-    positions_end = kv_offset + kv_len
     sequences = Sequences(
         table,
-        query_end=positions_end if is_static else q_offset + query_len,
-        key_end=positions_end,
+        query_end=keys_end if queries_end is None else queries_end,
+        key_end=keys_end,
         max_query_rows=batch * query_len,
         max_key_rows=batch * kv_len,
-        covers_queries=is_covering,
+        covers_queries=is_whole,
         covers_keys=covers_keys,
     )
-    return sequences, has_holes, is_covering
+    return sequences, has_holes, is_whole
 
 
 _mask_of_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -398,7 +402,8 @@ def mask_from_tensor(
     Raises:
         ValueError: a float mask holds anything but 0 and -inf (or its dtype's lowest number), or the shape does not fit.
     """
-    known = _mask_of_tensor.get(attention_mask)
+    has_version = not attention_mask.is_inference()  # without one, a change would go unseen
+    known = _mask_of_tensor.get(attention_mask) if has_version else None
     if known is not None and known[0] == attention_mask._version:
         return known[1]
     shape = tuple(attention_mask.shape)
@@ -441,5 +446,6 @@ def mask_from_tensor(
         covers_keys=False,
     )
     mask = SequenceMask(batch, query_len, kv_len, sequences, dense=dense)
-    _mask_of_tensor[attention_mask] = (attention_mask._version, mask)
+    if has_version:
+        _mask_of_tensor[attention_mask] = (attention_mask._version, mask)
     return mask

@@ -32,7 +32,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_blocksparse import (
@@ -391,6 +391,24 @@ def test_mixed_dtypes_are_cast_as_transformers_casts_them():
     assert out.shape == (1, 8, HEADS, 8) and out.is_contiguous()
 
 
+def test_inference_mode_is_the_same_and_leaves_nothing_behind():
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    whole, holes = make_batch(), make_batch()
+    holes["attention_mask"][0, 15:19] = 0
+    length = whole["input_ids"].shape[1]
+    given = {"input_ids": whole["input_ids"]}
+    for batch in (whole, holes, given):
+        with torch.inference_mode():
+            if batch is given:
+                given["attention_mask"] = torch.ones(3, 1, length, length).tril().bool()
+            logits = model(**batch).logits
+        if batch is given:
+            given["attention_mask"] = given["attention_mask"].clone()
+        expected = model(**batch).logits
+        expected.sum().backward()
+        assert torch.equal(logits, expected)
+
+
 def test_the_model_can_be_compiled():
     model = patch_model(make_model("gemma2"), SinkWindow(2, 5))
     batch = make_batch()
@@ -566,7 +584,7 @@ def test_an_attention_that_never_reaches_the_function_is_noticed():
             if kwargs:
                 return self.o_proj(self.q_proj(hidden_states)), None
             # Named so that the module looks routed.
-            return ALL_ATTENTION_FUNCTIONS.get_interface("eager", None)  # noqa: F821
+            return ALL_ATTENTION_FUNCTIONS.get_interface("eager", None)
 
     model.model.layers[1].self_attn.__class__ = Shortcut
     patch_model(model, SlidingWindow(4))
@@ -646,6 +664,25 @@ def test_queries_without_a_known_place_are_refused():
     ):
         block_sparse_attention_forward(Names(is_causal=False), *qkv(1), None)
     block_sparse_attention_forward(Names(), *qkv(1), None)
+
+
+def test_masks_of_other_tokens_are_refused():
+    mask = make_mask(1, 5, 5, mask_function=causal_mask_function)
+    with pytest.raises(
+        ValueError, match=r"was made for .* \(1, 5, 5\), but the attention has \(1, 6, 6\)"
+    ):
+        block_sparse_attention_forward(Names(), *qkv(), mask)
+    mask = make_mask(1, 3, 6, mask_function=bidirectional_mask_function)
+    with pytest.raises(NotImplementedError, match="3 queries and 6 keys without causality"):
+        block_sparse_attention_forward(Names(), *qkv(3), mask)
+
+    class Cross(Names):
+        def forward(self, hidden_states, encoder_hidden_states=None):
+            return block_sparse_attention_forward(self, *qkv(), None)[0]
+
+    Cross()(1)
+    with pytest.raises(NotImplementedError, match="got encoder_hidden_states: it is a cross-att"):
+        Cross()(1, encoder_hidden_states=1)
 
 
 def test_attentions_are_not_made():
