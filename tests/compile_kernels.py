@@ -92,17 +92,19 @@ def pointer(dtype: str) -> Argument:
     return Argument(f"*{dtype}", divisible=True)
 
 
-def rows(case: Case, dtype: str, dim: int, tile: int | None = None) -> StridedRows:
+def rows(case: Case, dtype: str) -> StridedRows:
     stride = Argument("i32", divisible=case.aligned)
-    descriptor = Constant(None)
-    if tile is not None:
-        descriptor = Argument(f"tensordesc<{dtype}[1,1,{tile},{padded(dim)}]>")
-    return StridedRows(pointer(dtype), (stride, stride, stride), descriptor)
+    return StridedRows(pointer(dtype), (stride, stride, stride))
 
 
-def row_values(tile: int | None = None) -> StridedRows:
-    descriptor = Constant(None) if tile is None else Argument(f"tensordesc<fp32[1,1,{tile}]>")
-    return StridedRows(pointer("fp32"), (INT, INT, Constant(1)), descriptor)
+def row_values() -> StridedRows:
+    return StridedRows(pointer("fp32"), (INT, INT, Constant(1)))
+
+
+def descriptor(dtype: str, *block: int | None) -> Argument | Constant:
+    if None in block:
+        return Constant(None)
+    return Argument(f"tensordesc<{dtype}[1,1,{','.join(map(str, block))}]>")
 
 
 def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool) -> dict[str, Any]:
@@ -111,18 +113,25 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     stationary_is_query = name != "grad_key_value"
     tile = sizes.tile_kv if stationary_is_query else sizes.tile_q
     streamed = tile if descriptors and case.aligned else None
-    query_tile, key_tile = (None, streamed) if stationary_is_query else (streamed, None)
     int_pointer = pointer("i32")
     none = Constant(None)
     lse = row_values()
     arguments: dict[str, Any] = {
-        "query": rows(case, case.dtype, case.head_dim, query_tile),
-        "key": rows(case, case.dtype, case.head_dim, key_tile),
-        "value": rows(case, case.dtype, value_dim, key_tile),
+        "query": rows(case, case.dtype),
+        "key": rows(case, case.dtype),
+        "value": rows(case, case.dtype),
         "items": int_pointer,
         "table": int_pointer,
         "lists": TileLists(
-            int_pointer, INT, INT, int_pointer, int_pointer, int_pointer, int_pointer, int_pointer, INT
+            int_pointer,
+            INT,
+            INT,
+            int_pointer,
+            int_pointer,
+            int_pointer,
+            int_pointer,
+            int_pointer,
+            INT,
         ),
         "score_scale": FLOAT,
         "softcap_scale": FLOAT if case.features else none,
@@ -136,20 +145,26 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
         "TILE_KV": Constant(sizes.tile_kv),
         "INPUT_PRECISION": Constant("ieee"),
     }
+    streamed_names = ("key", "value") if stationary_is_query else ("query", "grad_out")
+    for tensor, dim in zip(streamed_names, (case.head_dim, value_dim), strict=True):
+        arguments[f"{tensor}_descriptor"] = descriptor(case.dtype, streamed, padded(dim))
     if name == "forward":
         arguments["sinks"] = pointer("fp32") if case.features else none
-        arguments["out"] = rows(case, case.dtype, value_dim)
+        arguments["out"] = rows(case, case.dtype)
         arguments["lse"] = lse
         return arguments
-    arguments["grad_out"] = rows(case, case.dtype, value_dim, query_tile)
-    row_tile = None if stationary_is_query or not descriptors else sizes.tile_q
-    arguments["log2_sums"] = arguments["deltas"] = row_values(row_tile)
+    arguments["grad_out"] = rows(case, case.dtype)
+    arguments["log2_sums"] = arguments["deltas"] = row_values()
+    row_tile = sizes.tile_q if descriptors else None
+    if not stationary_is_query:
+        for tensor in ("log2_sums", "deltas"):
+            arguments[f"{tensor}_descriptor"] = descriptor("fp32", row_tile)
     arguments["scale"] = FLOAT
     if name == "grad_query":
-        arguments["grad_query"] = rows(case, case.dtype, case.head_dim)
+        arguments["grad_query"] = rows(case, case.dtype)
     else:
-        arguments["grad_key"] = rows(case, case.dtype, case.head_dim)
-        arguments["grad_value"] = rows(case, case.dtype, value_dim)
+        arguments["grad_key"] = rows(case, case.dtype)
+        arguments["grad_value"] = rows(case, case.dtype)
     return arguments
 
 
@@ -183,8 +198,8 @@ def compile_row_terms(target: GPUTarget) -> Any:
     case = Case("bf16", 80, 128)
     narrow = row_values()
     arguments = {
-        "out": rows(case, "bf16", 80),
-        "grad_out": rows(case, "bf16", 80),
+        "out": rows(case, "bf16"),
+        "grad_out": rows(case, "bf16"),
         "lse": narrow,
         "grad_lse": narrow,
         "log2_sums": narrow,

@@ -168,8 +168,10 @@ def _launch_forward(
     with torch.cuda.device_of(query):
         forward_kernel[(items.shape[0], heads)](
             _rows(query),
-            _rows(key, sizes.tile_kv),
-            _rows(value, sizes.tile_kv),
+            _rows(key),
+            _rows(value),
+            _descriptor(key, sizes.tile_kv),
+            _descriptor(value, sizes.tile_kv),
             sinks,
             _rows(out),
             _rows(lse),
@@ -237,11 +239,13 @@ def _launch_backward(
                 grad_query.zero_()
             grad_query_kernel[(items.shape[0], heads)](
                 _rows(query),
-                _rows(key, sizes.tile_kv),
-                _rows(value, sizes.tile_kv),
+                _rows(key),
+                _rows(value),
                 _rows(grad_out),
                 _rows(log2_sums),
                 _rows(deltas),
+                _descriptor(key, sizes.tile_kv),
+                _descriptor(value, sizes.tile_kv),
                 _rows(grad_query),
                 items,
                 sequences.table,
@@ -258,17 +262,21 @@ def _launch_backward(
             items = sequences.kv_items(sizes.tile_kv)
             grad_key = _empty_rows_like(key, key.shape[-1])
             grad_value = _empty_rows_like(value, value.shape[-1])
-            row_tile = sizes.tile_q if _rows_start_aligned(problem, query_len) else None
+            rows_aligned = _rows_start_aligned(problem, query_len)
             if not sequences.covers_keys:
                 grad_key.zero_()
                 grad_value.zero_()
             grad_key_value_kernel[(items.shape[0], kv_heads)](
-                _rows(query, sizes.tile_q),
+                _rows(query),
                 _rows(key),
                 _rows(value),
-                _rows(grad_out, sizes.tile_q),
-                _rows(log2_sums, row_tile),
-                _rows(deltas, row_tile),
+                _rows(grad_out),
+                _rows(log2_sums),
+                _rows(deltas),
+                _descriptor(query, sizes.tile_q),
+                _descriptor(grad_out, sizes.tile_q),
+                _descriptor(log2_sums, sizes.tile_q) if rows_aligned else None,
+                _descriptor(deltas, sizes.tile_q) if rows_aligned else None,
                 _rows(grad_key),
                 _rows(grad_value),
                 items,
@@ -284,7 +292,7 @@ def _launch_backward(
     if sinks is not None and needed[3]:
         # p of the sink itself is exp(sink - lse), and its value is 0. Rows of no sequence have +inf here.
         sink_share = torch.exp2(sinks.detach().float()[:, None] * LOG2_E - log2_sums)
-        grad_sinks = -(sink_share * deltas).sum((0, 2)).to(sinks.dtype)
+        grad_sinks = -(sink_share * deltas).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
     return grad_query, grad_key, grad_value, grad_sinks
 
 
@@ -355,12 +363,11 @@ def _rows_start_aligned(problem: Problem, query_len: int) -> bool:
     return problem.sequences.is_uniform and first_position % 4 == 0
 
 
-def _rows(tensor: Tensor, tile: int | None = None) -> StridedRows:
-    """A tensor as a kernel argument; with `tile`, read by tensor descriptor where that is possible."""
+def _rows(tensor: Tensor) -> StridedRows:
+    """A tensor as a kernel argument."""
     from hf_blocksparse.ops.triton.tiles import StridedRows
 
-    strides = tensor.stride()[:3]
-    return StridedRows(tensor, strides, None if tile is None else _descriptor(tensor, tile))
+    return StridedRows(tensor, tensor.stride()[:3])
 
 
 def _descriptor(tensor: Tensor, tile: int) -> Any:

@@ -122,6 +122,8 @@ def grad_query_kernel(
     grad_out,
     log2_sums,
     deltas,
+    key_descriptor,
+    value_descriptor,
     grad_query,
     items,
     table,
@@ -177,9 +179,18 @@ def grad_query_kernel(
     )
     for entry in tl.range(full_first, full_last):
         first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        key_tile = load_rows(
+            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
         value_tile = load_rows(
-            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            value_descriptor,
+            batch,
+            kv_head,
+            first_key_row,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
@@ -193,9 +204,18 @@ def grad_query_kernel(
     for entry in tl.range(partial_first, partial_last):
         first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
         kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        key_tile = load_rows(
+            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
         value_tile = load_rows(
-            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            value_descriptor,
+            batch,
+            kv_head,
+            first_key_row,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
@@ -217,7 +237,15 @@ def grad_query_kernel(
             key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
         )
         value_tile = load_rows_between(
-            value, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            batch,
+            kv_head,
+            first_key_row,
+            kv_row,
+            kv_end,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
@@ -285,6 +313,10 @@ def grad_key_value_kernel(
     grad_out,
     log2_sums,
     deltas,
+    query_descriptor,
+    grad_out_descriptor,
+    log2_sums_descriptor,
+    deltas_descriptor,
     grad_key,
     grad_value,
     items,
@@ -343,13 +375,29 @@ def grad_key_value_kernel(
         for entry in tl.range(full_first, full_last):
             first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
             query_tile = load_rows(
-                query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+                query,
+                query_descriptor,
+                batch,
+                head,
+                first_query_row,
+                TILE_Q,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
             )
             grad_out_tile = load_rows(
-                grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
+                grad_out,
+                grad_out_descriptor,
+                batch,
+                head,
+                first_query_row,
+                TILE_Q,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
             )
-            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
-            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
+            log2_sum = load_row_values(
+                log2_sums, log2_sums_descriptor, batch, head, first_query_row, TILE_Q
+            )
+            delta = load_row_values(deltas, deltas_descriptor, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, None, key_rows, first_query_row, batch_head,
@@ -363,13 +411,29 @@ def grad_key_value_kernel(
             first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
             kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
             query_tile = load_rows(
-                query, batch, head, first_query_row, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+                query,
+                query_descriptor,
+                batch,
+                head,
+                first_query_row,
+                TILE_Q,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
             )
             grad_out_tile = load_rows(
-                grad_out, batch, head, first_query_row, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
+                grad_out,
+                grad_out_descriptor,
+                batch,
+                head,
+                first_query_row,
+                TILE_Q,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
             )
-            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
-            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
+            log2_sum = load_row_values(
+                log2_sums, log2_sums_descriptor, batch, head, first_query_row, TILE_Q
+            )
+            delta = load_row_values(deltas, deltas_descriptor, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,

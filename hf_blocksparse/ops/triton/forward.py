@@ -74,6 +74,8 @@ def forward_kernel(
     query,
     key,
     value,
+    key_descriptor,
+    value_descriptor,
     sinks,
     out,
     lse,
@@ -94,7 +96,8 @@ def forward_kernel(
 ):
     """Grid: (items, query heads). Writes the rows of `out` and `lse` that the item's sequence owns.
 
-    `query`, `key`, `value`, `out`, `lse`: StridedRows; `items`: `Sequences.q_items`; `table`: `Sequences.table`;
+    `query`, `key`, `value`, `out`, `lse`: StridedRows; `key_descriptor`, `value_descriptor`: their tensor descriptors or None;
+    `items`: `Sequences.q_items`; `table`: `Sequences.table`;
     `lists`: TileLists of the query tiles; `sinks`, `softcap_scale`, `dropout`: None where unused.
     """
     item = items + tl.program_id(0) * 2
@@ -132,9 +135,18 @@ def forward_kernel(
     )
     for entry in tl.range(full_first, full_last):
         first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        key_tile = load_rows(
+            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
         value_tile = load_rows(
-            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            value_descriptor,
+            batch,
+            kv_head,
+            first_key_row,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
@@ -148,9 +160,18 @@ def forward_kernel(
     for entry in tl.range(partial_first, partial_last):
         first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
         kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-        key_tile = load_rows(key, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED)
+        key_tile = load_rows(
+            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        )
         value_tile = load_rows(
-            value, batch, kv_head, first_key_row, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            value_descriptor,
+            batch,
+            kv_head,
+            first_key_row,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
@@ -172,7 +193,15 @@ def forward_kernel(
             key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
         )
         value_tile = load_rows_between(
-            value, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, VALUE_DIM, VALUE_DIM_PADDED
+            value,
+            batch,
+            kv_head,
+            first_key_row,
+            kv_row,
+            kv_end,
+            TILE_KV,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,

@@ -121,7 +121,9 @@ def tile_sizes(
     if grains is not None:
         grain = next((grain for grain in (16, 32, 64) if 1 < block_size <= grain), 128)
         return TileSizes(*grains[size][grain])
-    tile_q, tile_kv, num_warps, num_stages = (_SMALL_HALF if element_bytes == 2 else _SMALL_FLOAT)[size]
+    tile_q, tile_kv, num_warps, num_stages = (_SMALL_HALF if element_bytes == 2 else _SMALL_FLOAT)[
+        size
+    ]
     if direction == "grad_key_value":
         tile_q, tile_kv = tile_kv, tile_q
     return TileSizes(tile_q, tile_kv, num_warps, num_stages)

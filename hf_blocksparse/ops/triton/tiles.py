@@ -20,13 +20,11 @@ import triton.language as tl
 class StridedRows(NamedTuple):
     """A tensor [batch, heads, rows, dim] or [batch, heads, rows].
 
-    `strides` are those of batch, head and row, in elements; that of `dim` is 1. `descriptor` is a tensor descriptor of
-    blocks [1, 1, tile, padded dim] or [1, 1, tile], None where the tensor is read by pointers.
+    `strides` are those of batch, head and row, in elements; that of `dim` is 1.
     """
 
     pointer: Any
     strides: tuple[Any, Any, Any]
-    descriptor: Any = None
 
 
 class TileLists(NamedTuple):
@@ -68,7 +66,9 @@ def load_sequence(table, sequence):
 @triton.jit
 def load_list(lists, sequence, head, tile):
     """Where the list of `tile` lies: begin of the full entries, begin of the partial ones, end."""
-    number = tl.load(lists.list_of + sequence * lists.sequence_stride + head * lists.head_stride).to(tl.int64)
+    number = tl.load(
+        lists.list_of + sequence * lists.sequence_stride + head * lists.head_stride
+    ).to(tl.int64)
     offset = lists.offsets + number * (lists.num_tiles + 1) + tile
     begin = tl.load(offset)
     end = tl.load(offset + 1)
@@ -125,21 +125,36 @@ def edge_entry(
 def row_pointers(tensor, batch, head):
     """Pointer to row 0 of one head."""
     return (
-        tensor.pointer + batch.to(tl.int64) * tensor.strides[0] + head.to(tl.int64) * tensor.strides[1]
+        tensor.pointer
+        + batch.to(tl.int64) * tensor.strides[0]
+        + head.to(tl.int64) * tensor.strides[1]
     )
 
 
 @triton.jit
 def load_rows(
-    tensor, batch, head, first_row, TILE: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr
+    tensor,
+    descriptor,
+    batch,
+    head,
+    first_row,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
 ):
-    """[TILE, DIM_PADDED] rows from `first_row` on, all of which exist; zero past DIM."""
-    if tensor.descriptor is not None:
-        return tensor.descriptor.load([batch, head, first_row, 0]).reshape([TILE, DIM_PADDED])
+    """[TILE, DIM_PADDED] rows from `first_row` on, all of which exist; zero past DIM.
+
+    `descriptor`: a tensor descriptor of blocks [1, 1, TILE, DIM_PADDED], or None to read by pointers. Descriptors are arguments of
+    their own because Triton 3.6 cannot launch a kernel with one inside a tuple.
+    """
+    if descriptor is not None:
+        return descriptor.load([batch, head, first_row, 0]).reshape([TILE, DIM_PADDED])
     else:
         rows = (first_row + tl.arange(0, TILE)).to(tl.int64)
         dims = tl.arange(0, DIM_PADDED)
-        pointers = row_pointers(tensor, batch, head) + rows[:, None] * tensor.strides[2] + dims[None, :]
+        pointers = (
+            row_pointers(tensor, batch, head) + rows[:, None] * tensor.strides[2] + dims[None, :]
+        )
         if DIM == DIM_PADDED:
             return tl.load(pointers)
         else:
@@ -147,10 +162,10 @@ def load_rows(
 
 
 @triton.jit
-def load_row_values(tensor, batch, head, first_row, TILE: tl.constexpr):
+def load_row_values(tensor, descriptor, batch, head, first_row, TILE: tl.constexpr):
     """[TILE] values of a tensor [batch, heads, rows], all of whose rows exist."""
-    if tensor.descriptor is not None:
-        return tensor.descriptor.load([batch, head, first_row]).reshape([TILE])
+    if descriptor is not None:
+        return descriptor.load([batch, head, first_row]).reshape([TILE])
     else:
         return tl.load(row_pointers(tensor, batch, head) + first_row + tl.arange(0, TILE))
 
