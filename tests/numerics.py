@@ -1,0 +1,153 @@
+"""The judge of the kernels: dense attention with an explicit mask, in float64 and in the dtype under test."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Of the largest score's size, or of one: sums of float32 products, and a hardware exponential.
+LSE_TOLERANCE = 1e-5
+
+
+@dataclass
+class Results:
+    """What attention returns and the gradients of a loss, all in the dtype they were computed in."""
+
+    out: Tensor
+    lse: Tensor | None
+    grad_query: Tensor
+    grad_key: Tensor
+    grad_value: Tensor
+    grad_sinks: Tensor | None = None
+
+
+@dataclass
+class Inputs:
+    """Leaves of a loss `<out, grad_out> + <lse, grad_lse>`; rows without keys take no part in the second term."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs(
+            **{
+                field.name: None if tensor is None else tensor.detach().to(dtype)
+                for field in fields(self)
+                for tensor in [getattr(self, field.name)]
+            }
+        )
+
+    def results(self, attend) -> Results:
+        """`attend(query, key, value, sinks) -> (out, lse or None)`, and the gradients of the loss."""
+        leaves = [self.query, self.key, self.value] + ([] if self.sinks is None else [self.sinks])
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out, lse = attend(*leaves[:3], None if self.sinks is None else leaves[3])
+        outputs, weights = [out], [self.grad_out.to(out.dtype)]
+        if self.grad_lse is not None:
+            outputs.append(torch.where(lse.isinf(), 0.0, lse))
+            weights.append(self.grad_lse.to(lse.dtype))
+        grads = torch.autograd.grad(outputs, leaves, weights)
+        return Results(out.detach(), None if lse is None else lse.detach(), *grads)
+
+
+def make_qkv(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    query_len: int,
+    kv_len: int,
+    head_dim: int,
+    value_dim: int,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    rows_outside_heads: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal query, key and value; with `rows_outside_heads` they are transposed views, as models make them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(num_heads: int, length: int, dim: int) -> Tensor:
+        tensor = torch.randn(batch, num_heads, length, dim, generator=generator)
+        tensor = tensor.to(device=device, dtype=dtype)
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2) if rows_outside_heads else tensor
+
+    return (
+        normal(heads, query_len, head_dim),
+        normal(kv_heads, kv_len, head_dim),
+        normal(kv_heads, kv_len, value_dim),
+    )
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in the inputs' dtype. `mask`: bool, `factor`: of dropout, both [batch, heads, query, key]."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
+    if sinks is not None:
+        weights = weights[..., :-1]
+    if factor is not None:
+        weights = weights * factor.to(weights.dtype)
+    return weights @ value, lse
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options) -> tuple:
+    """torch's own attention in the inputs' dtype: SDPA, or its formula written out for what SDPA does not offer."""
+    options = {name: option for name, option in options.items() if option is not None}
+    if options.keys() - {"scale"}:
+        return dense_attention(query, key, value, mask, **options)
+    # SDPA is asked for no row without a key: all keys instead, and a weight of zero.
+    has_key = mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask | ~has_key, enable_gqa=True, **options
+    )
+    return out * has_key, None
+
+
+def assert_close_to_reference(ours: Results, reference: Results, torchs: Results) -> None:
+    """Against float64, ours may err twice as much as torch does in the same dtype, plus one rounding unit of the largest value.
+
+    The LSE has an absolute bound of its own. Infinities must agree, and nothing may be NaN.
+    """
+    for name in ("out", "grad_query", "grad_key", "grad_value", "grad_sinks"):
+        got, exact, other = (getattr(r, name) for r in (ours, reference, torchs))
+        if exact is None:
+            continue
+        assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, not {exact.shape}"
+        unit = torch.finfo(got.dtype).eps * exact.abs().max()
+        error = (got.double() - exact).abs()
+        bound = 2 * (other.double() - exact).abs().max() + unit
+        worst = int(error.nan_to_num(nan=float("inf")).argmax())
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+        assert error.flatten()[worst] <= bound, (
+            f"{name} errs by {float(error.flatten()[worst]):.3e} at {place}, the bound is {float(bound):.3e}"
+        )
+    assert torch.equal(ours.lse.isneginf(), reference.lse.isneginf()), "rows without keys differ"
+    finite = ~reference.lse.isneginf()
+    if finite.any():
+        error = (ours.lse.double() - reference.lse)[finite].abs().max()
+        bound = LSE_TOLERANCE * max(1.0, float(reference.lse[finite].abs().max()))
+        assert error <= bound, f"lse errs by {float(error):.3e}, the bound is {bound:.3e}"

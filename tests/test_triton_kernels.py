@@ -1,0 +1,380 @@
+"""The Triton kernels against dense attention in float64: in the interpreter without a GPU, on the GPU with `-m gpu`."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from numerics import (
+    Inputs,
+    assert_close_to_reference,
+    dense_attention,
+    make_qkv,
+    torch_attention,
+)
+
+from hf_blocksparse import (
+    BigBird,
+    BlockDiagonal,
+    Dense,
+    Layout,
+    Longformer,
+    PerHead,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    block_sparse_attention,
+)
+from hf_blocksparse.ops import triton as triton_ops
+from hf_blocksparse.ops.philox import dropout_keep
+from hf_blocksparse.ops.triton.tile_sizes import TileSizes
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+HAS_GPU = torch.cuda.is_available()
+INTERPRETED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here; run with -m gpu")
+)
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = [INTERPRETED, ON_GPU]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One call. `runs`: (batch row, start, end) of its sequences, where they are not whole batch rows."""
+
+    layout: Layout
+    query_len: int
+    kv_len: int | None = None
+    is_causal: bool = True
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    grad_lse: bool = False
+    mask_density: float | None = None
+    padding: bool = False
+    runs: tuple[tuple[int, int, int], ...] | None = None
+    rows_outside_heads: bool = False
+
+    def inputs(self, device: str) -> Inputs:
+        kv_len = self.kv_len or self.query_len
+        value_dim = self.value_dim or self.head_dim
+        query, key, value = make_qkv(
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.query_len,
+            kv_len,
+            self.head_dim,
+            value_dim,
+            dtype=self.dtype,
+            device=device,
+            rows_outside_heads=self.rows_outside_heads,
+        )
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.heads, self.query_len)
+        grad_out = torch.randn(*shape, value_dim, generator=generator).to(query)
+        grad_lse = torch.randn(shape, generator=generator).to(device) if self.grad_lse else None
+        sinks = torch.randn(self.heads, generator=generator).to(device) if self.sinks else None
+        return Inputs(query, key, value, grad_out, grad_lse, sinks)
+
+    def attn_mask(self) -> torch.Tensor | None:
+        if self.mask_density is None:
+            return None
+        shape = (self.batch, self.heads, self.query_len, self.kv_len or self.query_len)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < self.mask_density
+
+    def mask(self) -> torch.Tensor:
+        """Every coefficient that is kept, bool [batch, heads, query_len, kv_len]."""
+        kv_len = self.kv_len or self.query_len
+        shape = (self.batch, self.heads, self.query_len, kv_len)
+        options = dict(is_causal=self.is_causal, num_heads=self.heads)
+        if self.runs is None:
+            mask = self.layout.to_mask(self.query_len, kv_len, **options).expand(shape)
+        else:
+            mask = torch.zeros(shape, dtype=torch.bool)
+            for batch, start, end in self.runs:
+                part = self.layout.to_mask(end - start, **options)
+                mask[batch, :, start:end, start:end] = part
+        attn_mask = self.attn_mask()
+        return mask if attn_mask is None else mask & attn_mask
+
+    def where(self, device: str) -> dict[str, torch.Tensor]:
+        """The sequences as an argument of `block_sparse_attention`."""
+        if self.runs is None:
+            return {}
+        ids = torch.full((self.batch, self.query_len), -1)
+        for number, (batch, start, end) in enumerate(self.runs):
+            ids[batch, start:end] = number
+        if self.padding:
+            return {"key_padding_mask": (ids >= 0).to(device)}
+        return {"document_ids": ids.to(device)}
+
+
+def check(scenario: Scenario, device: str) -> None:
+    """Compares the kernels with float64; NaN in rows that belong to no sequence must not show anywhere."""
+    inputs = scenario.inputs(device)
+    mask = scenario.mask().to(device)
+    attn_mask = scenario.attn_mask()
+    options = dict(scale=scenario.scale, softcap=scenario.softcap)
+    factor = None
+    if scenario.dropout_p:
+        torch.manual_seed(3)
+        seed = int(torch.randint(1 << 62, (), dtype=torch.int64, device=device))
+        batch, heads, rows, cols = mask.shape
+        keep = dropout_keep(
+            seed,
+            scenario.dropout_p,
+            torch.arange(rows, device=device)[:, None],
+            torch.arange(cols, device=device),
+            torch.arange(batch * heads, device=device).view(batch, heads, 1, 1),
+        )
+        factor = keep / (1 - scenario.dropout_p)
+
+    nobody = torch.zeros(inputs.query.shape[:3], dtype=torch.bool, device=device)
+    if scenario.runs is not None:
+        nobody.fill_(True)
+        for batch, start, end in scenario.runs:
+            nobody[batch, :, start:end] = False
+
+    def ours(query, key, value, sinks):
+        rows = nobody[..., None]
+        group = query.shape[1] // key.shape[1]
+        return block_sparse_attention(
+            query.masked_fill(rows, math.nan),
+            key.masked_fill(rows[:, ::group], math.nan) if rows.any() else key,
+            value.masked_fill(rows[:, ::group], math.nan) if rows.any() else value,
+            scenario.layout,
+            is_causal=scenario.is_causal,
+            attn_mask=None if attn_mask is None else attn_mask.to(device),
+            dropout_p=scenario.dropout_p,
+            sinks=sinks,
+            allow_empty_rows=True,
+            return_lse=True,
+            impl="triton",
+            **scenario.where(device),
+            **options,
+        )
+
+    def theirs(attend, **chosen):
+        def attend_without_padding(query, key, value, sinks):
+            out, lse = attend(query, key, value, mask, sinks=sinks, factor=factor, **chosen)
+            # A row of nobody has no sink either.
+            return out, None if lse is None else lse.masked_fill(nobody, -math.inf)
+
+        return attend_without_padding
+
+    torch.manual_seed(3)
+    got = inputs.results(ours)
+    exact = inputs.to(torch.float64).results(theirs(dense_attention, **options))
+    # torch's attention knows no LSE: it is asked where nothing flows back from there.
+    other = torch_attention if inputs.grad_lse is None else dense_attention
+    assert_close_to_reference(got, exact, inputs.results(theirs(other, **options)))
+
+
+RANDOM_BLOCKS = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(4)) < 0.4
+RANDOM = TensorLayout.from_tensor(RANDOM_BLOCKS, 32)
+WINDOW = SlidingWindow(40)
+
+SCENARIOS = {
+    "one token": Scenario(Dense(), 1),
+    "63 tokens": Scenario(Dense(), 63),
+    "64 tokens": Scenario(WINDOW, 64),
+    "65 tokens": Scenario(WINDOW, 65, is_causal=False),
+    "window": Scenario(WINDOW, 200),
+    "sink and window": Scenario(SinkWindow(4, 30), 150, heads=4, kv_heads=2),
+    "bigbird": Scenario(BigBird(32), 230),
+    "bigbird of small blocks": Scenario(BigBird(16), 100, is_causal=False),
+    "longformer": Scenario(Longformer(20), 130, heads=3, kv_heads=1),
+    "random blocks by head, rows without keys": Scenario(RANDOM, 256, is_causal=False),
+    "another layout per head": Scenario(PerHead((Dense(), WINDOW)), 140, kv_heads=1),
+    "queries at the end": Scenario(WINDOW, 70, 200),
+    "decoding": Scenario(Dense(), 1, 130, heads=4, kv_heads=1),
+    "head size 40, value size 24": Scenario(WINDOW, 100, head_dim=40, value_dim=24),
+    "head size 80": Scenario(WINDOW, 70, head_dim=80),
+    "negative scale": Scenario(WINDOW, 70, scale=-0.2),
+    "scale zero": Scenario(WINDOW, 70, scale=0.0),
+    "softcap": Scenario(WINDOW, 100, softcap=1.5, grad_lse=True),
+    "sinks": Scenario(WINDOW, 100, heads=4, sinks=True, grad_lse=True),
+    "sinks and rows without keys": Scenario(RANDOM, 200, sinks=True, grad_lse=True),
+    "dropout": Scenario(WINDOW, 130, batch=2, kv_heads=1, dropout_p=0.3),
+    "everything": Scenario(
+        SinkWindow(3, 50),
+        150,
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=24,
+        softcap=3.0,
+        sinks=True,
+        dropout_p=0.6,
+        grad_lse=True,
+        rows_outside_heads=True,
+    ),
+    "gradient from the LSE": Scenario(WINDOW, 100, is_causal=False, grad_lse=True),
+    "attn_mask": Scenario(WINDOW, 100, batch=2, mask_density=0.1, grad_lse=True),
+    "padding": Scenario(
+        WINDOW, 150, batch=3, padding=True, runs=((0, 30, 150), (1, 0, 97), (2, 64, 128))
+    ),
+    "padding, sinks": Scenario(WINDOW, 80, batch=1, padding=True, runs=((0, 30, 80),), sinks=True),
+    "documents": Scenario(
+        SlidingWindow(25) | BlockDiagonal(32),
+        200,
+        runs=((0, 0, 3), (0, 3, 110), (0, 110, 111), (0, 120, 200)),
+        heads=4,
+    ),
+    "documents, both directions": Scenario(
+        Dense(), 160, is_causal=False, batch=2, runs=((0, 5, 90), (0, 90, 160), (1, 0, 128))
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_matches_dense_attention_in_float32(name, device):
+    check(SCENARIOS[name], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["window", "everything", "documents"])
+def test_matches_dense_attention_in_float16(name, device):
+    check(replace(SCENARIOS[name], dtype=torch.float16), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_matches_dense_attention_on_tensor_cores(name, dtype):
+    check(replace(SCENARIOS[name], dtype=dtype), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "layout", [WINDOW, BigBird(16), BigBird(64), BigBird(128)], ids=lambda layout: repr(layout)
+)
+def test_matches_dense_attention_at_every_head_size(layout, dtype, head_dim):
+    check(Scenario(layout, 1000, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", [Dense(), SlidingWindow(700), BigBird(128)], ids=repr)
+def test_matches_dense_attention_at_4096_tokens(layout, is_causal, dtype):
+    check(Scenario(layout, 4096, is_causal=is_causal, heads=4, head_dim=64, dtype=dtype), "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tiles", [(16, 64), (64, 16), (32, 128)], ids=str)
+def test_results_do_not_depend_on_tile_sizes(tiles, device, monkeypatch):
+    """Tiles of any shape, also other ones than the layout's blocks, and documents that start in the middle of one."""
+    sizes = TileSizes(*tiles, num_warps=4, num_stages=1)
+    monkeypatch.setattr(triton_ops, "tile_sizes", lambda *_: sizes)
+    for name in ("documents", "bigbird of small blocks"):
+        check(SCENARIOS[name], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_that_descriptors_cannot_read(device):
+    """A base that is not a multiple of 16 bytes, an odd stride, a last axis that is not contiguous."""
+    query, key, value = make_qkv(1, 2, 2, 70, 70, 16, 16, dtype=torch.float32, device=device)
+    expected = block_sparse_attention(query, key, value, WINDOW, impl="triton")
+    odd = torch.zeros(2 * 70 * 17 + 1, device=device)[1:].view(1, 2, 70, 17)[..., :16]
+    shifted = odd.copy_(key)
+    assert triton_ops._descriptor(shifted, 64) is None
+    transposed = value.transpose(-1, -2).contiguous().transpose(-1, -2)
+    ours = block_sparse_attention(query, shifted, transposed, WINDOW, impl="triton")
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_are_bitwise_reproducible(device):
+    inputs = SCENARIOS["everything"].inputs(device)
+
+    def attend(query, key, value, sinks):
+        return block_sparse_attention(
+            query, key, value, WINDOW, sinks=sinks, is_causal=True, return_lse=True, impl="triton"
+        )
+
+    first, second = inputs.results(attend), inputs.results(attend)
+    for name, tensor in vars(first).items():
+        assert torch.equal(tensor, getattr(second, name)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_what_is_asked_for_is_differentiated(device):
+    query, key, value = make_qkv(1, 2, 1, 40, 40, 16, 16, dtype=torch.float32, device=device)
+    value.requires_grad_()
+    out = block_sparse_attention(query, key, value, WINDOW, is_causal=True, impl="triton")
+    (grad,) = torch.autograd.grad(out.sum(), value)
+    # Every row's weights sum to one, so the gradients do, too.
+    torch.testing.assert_close(grad.sum(2), torch.full_like(grad.sum(2), 2 * 40.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_derivative_names_the_remedy(device):
+    query, key, value = (
+        tensor.requires_grad_()
+        for tensor in make_qkv(1, 2, 2, 20, 20, 16, 16, dtype=torch.float32, device=device)
+    )
+    out = block_sparse_attention(query, key, value, WINDOW, impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative.*use impl='torch'"):
+        torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_forward_saves_nothing_that_grows_with_the_tiles(device):
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    query, key, value = (
+        tensor.requires_grad_()
+        for tensor in make_qkv(1, 2, 2, 300, 300, 16, 16, dtype=torch.float32, device=device)
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block_sparse_attention(query, key, value, Dense(), impl="triton")
+    assert sum(sizes.values()) == 4 * query.numel() + 2 * 300
+
+
+def test_every_reason_is_given_at_once(monkeypatch):
+    query = torch.zeros(1, 1, 8, 20, dtype=torch.float64)
+    value = torch.zeros(1, 1, 8, 264, dtype=torch.float64)
+    monkeypatch.setattr(triton_ops, "_interprets", lambda: False)
+    with pytest.raises(NotImplementedError, match="use impl='torch'") as raised:
+        block_sparse_attention(query, query, value, Dense(), impl="triton")
+    message = str(raised.value)
+    for reason in (
+        "device is cpu (needs cuda, or TRITON_INTERPRET=1",
+        "dtype is torch.float64 (needs float16, bfloat16 or float32)",
+        "head_dim is 20 (needs a multiple of 8 from 16 to 256)",
+        "value_dim is 264 (needs a multiple of 8 from 16 to 256)",
+    ):
+        assert reason in message, message
+
+
+def test_the_interpreter_refuses_bfloat16(monkeypatch):
+    query = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(triton_ops, "_interprets", lambda: True)
+    with pytest.raises(NotImplementedError, match="bfloat16, whose products Triton's interpreter"):
+        block_sparse_attention(query, query, query, Dense(), impl="triton")
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch):
+    query = torch.zeros(1, 1, 8, 16)
+    monkeypatch.setattr(triton_ops, "_triton_version", lambda: None)
+    with pytest.raises(NotImplementedError, match=r"triton is not installed \(needs >= 3.6\)"):
+        block_sparse_attention(query, query, query, Dense(), impl="triton")
