@@ -214,7 +214,7 @@ def _launch_backward(
         grad_out = torch.zeros_like(out)
     elif grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    log2_sums, deltas = _empty_row_values(lse), _empty_row_values(lse)
+    log2_sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
     score_scale, softcap_scale = _score_scales(scale, problem.softcap)
     dropout = _dropout(problem)
     grad_query = grad_key = grad_value = grad_sinks = None
@@ -262,7 +262,6 @@ def _launch_backward(
             items = sequences.kv_items(sizes.tile_kv)
             grad_key = _empty_rows_like(key, key.shape[-1])
             grad_value = _empty_rows_like(value, value.shape[-1])
-            rows_aligned = _rows_start_aligned(problem, query_len)
             if not sequences.covers_keys:
                 grad_key.zero_()
                 grad_value.zero_()
@@ -275,8 +274,6 @@ def _launch_backward(
                 _rows(deltas),
                 _descriptor(query, sizes.tile_q),
                 _descriptor(grad_out, sizes.tile_q),
-                _descriptor(log2_sums, sizes.tile_q) if rows_aligned else None,
-                _descriptor(deltas, sizes.tile_q) if rows_aligned else None,
                 _rows(grad_key),
                 _rows(grad_value),
                 items,
@@ -351,18 +348,6 @@ def _empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
     return tensor.new_empty(batch, heads, rows, last_size)
 
 
-def _empty_row_values(lse: Tensor) -> Tensor:
-    """Uninitialised, of the shape of `lse`, with strides that tensor descriptors accept."""
-    batch, heads, rows = lse.shape
-    return lse.new_empty(batch, heads, -(-rows // 4) * 4)[..., :rows]
-
-
-def _rows_start_aligned(problem: Problem, query_len: int) -> bool:
-    """Whether every query tile starts at a multiple of 16 bytes of float32 rows, as descriptors of rows need it."""
-    first_position = problem.sequences.query_end - query_len
-    return problem.sequences.is_uniform and first_position % 4 == 0
-
-
 def _rows(tensor: Tensor) -> StridedRows:
     """A tensor as a kernel argument."""
     from hf_blocksparse.ops.triton.tiles import StridedRows
@@ -385,7 +370,7 @@ def _descriptor(tensor: Tensor, tile: int) -> Any:
     ][:-1]
     if tensor.data_ptr() % 16 or any(stride % granule or stride <= 0 for stride in strides):
         return None
-    block = [1, 1, tile] if tensor.dim() == 3 else [1, 1, tile, _padded(tensor.shape[-1])]
+    block = [1, 1, tile, _padded(tensor.shape[-1])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
 
 

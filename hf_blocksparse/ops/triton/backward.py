@@ -286,16 +286,18 @@ def accumulate_grad_key_value(
     probabilities = tl.exp2(raw * score_scale - log2_sum[None, :])
     if kept is not None:
         probabilities = tl.where(kept, probabilities, 0.0)
-    grad_probabilities = tl.dot(value_tile, grad_out_tile.T, input_precision=INPUT_PRECISION)
     dropped = probabilities
     if dropout is not None:
         query_rows = first_query_row + tl.arange(0, TILE_Q)
         keeps = dropout_keeps(dropout, query_rows[None, :], key_rows[:, None], batch_head)
         dropped = tl.where(keeps, probabilities, 0.0)
-        grad_probabilities = tl.where(keeps, grad_probabilities * dropout.keep_scale, 0.0)
+    # dV comes before dP, so that fewer products are alive at a time: registers decide the speed here.
     grad_value = tl.dot(
         dropped.to(grad_out_tile.dtype), grad_out_tile, grad_value, input_precision=INPUT_PRECISION
     )
+    grad_probabilities = tl.dot(value_tile, grad_out_tile.T, input_precision=INPUT_PRECISION)
+    if dropout is not None:
+        grad_probabilities = tl.where(keeps, grad_probabilities * dropout.keep_scale, 0.0)
     grad_scores = probabilities * (grad_probabilities - delta[None, :])
     if softcap_scale is not None:
         grad_scores *= 1.0 - raw * raw
@@ -315,8 +317,6 @@ def grad_key_value_kernel(
     deltas,
     query_descriptor,
     grad_out_descriptor,
-    log2_sums_descriptor,
-    deltas_descriptor,
     grad_key,
     grad_value,
     items,
@@ -394,10 +394,8 @@ def grad_key_value_kernel(
                 VALUE_DIM,
                 VALUE_DIM_PADDED,
             )
-            log2_sum = load_row_values(
-                log2_sums, log2_sums_descriptor, batch, head, first_query_row, TILE_Q
-            )
-            delta = load_row_values(deltas, deltas_descriptor, batch, head, first_query_row, TILE_Q)
+            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, None, key_rows, first_query_row, batch_head,
@@ -430,10 +428,8 @@ def grad_key_value_kernel(
                 VALUE_DIM,
                 VALUE_DIM_PADDED,
             )
-            log2_sum = load_row_values(
-                log2_sums, log2_sums_descriptor, batch, head, first_query_row, TILE_Q
-            )
-            delta = load_row_values(deltas, deltas_descriptor, batch, head, first_query_row, TILE_Q)
+            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,

@@ -162,12 +162,9 @@ def load_rows(
 
 
 @triton.jit
-def load_row_values(tensor, descriptor, batch, head, first_row, TILE: tl.constexpr):
+def load_row_values(tensor, batch, head, first_row, TILE: tl.constexpr):
     """[TILE] values of a tensor [batch, heads, rows], all of whose rows exist."""
-    if descriptor is not None:
-        return descriptor.load([batch, head, first_row]).reshape([TILE])
-    else:
-        return tl.load(row_pointers(tensor, batch, head) + first_row + tl.arange(0, TILE))
+    return tl.load(row_pointers(tensor, batch, head) + first_row + tl.arange(0, TILE))
 
 
 @triton.jit
