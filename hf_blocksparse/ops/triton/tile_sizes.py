@@ -4,8 +4,8 @@ Chosen by architecture, direction, head size, element size and the layout's grai
 tile efficiency at one; larger blocks and token-exact layouts get the tiles that keep the tensor cores busiest. Blocks
 below 64 get tiles of 64, whose unions run faster than small tiles would, but for the sparsest random layouts.
 
-Measured on an NVIDIA H200 with Triton 3.6 for sm_90, head sizes 64 and 128; the other rows are chosen by what compiles
-without spilling and fits shared memory.
+Measured on an NVIDIA H200 with Triton 3.6 for sm_90, head sizes 64 and 128; the other rows fit shared memory and are not
+measured yet.
 """
 
 from dataclasses import dataclass
