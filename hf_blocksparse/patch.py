@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import IMPLEMENTATIONS
-from hf_blocksparse.layouts import Layout, MaskLayout, TensorLayout
+from hf_blocksparse.layouts import Layout
 from hf_blocksparse.model_layouts import (
     _UNDO,
     ALL_LAYERS,
@@ -163,23 +163,30 @@ def _configs_around(owner: nn.Module, path: str) -> list[Any]:
 
 
 def _report(model: PreTrainedModel, assigned: dict[str, tuple[LayerKey, Layout]]) -> str:
-    """One line: which layers have which layout, which were left, and the density at the model's length."""
+    """One line: which layers have which layout, their density at the model's length, and how many were left dense."""
     modules = attention_modules(model)
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     parts = []
     for layout in dict.fromkeys(layout for _, layout in assigned.values()):
         paths = [path for path, (_, given) in assigned.items() if given == layout]
-        text = f"{len(paths)} layers {layout!r}"
-        reach = length if not isinstance(layout, TensorLayout | MaskLayout) else None
-        if isinstance(reach, int):
-            causal = bool(getattr(modules[paths[0]], "is_causal", True))
-            heads = num_query_heads(modules[paths[0]]) or 1
-            density = layout.density(reach, is_causal=causal, num_heads=heads)
-            text += f" (density {density:.1%} at {reach} tokens)"
+        text = f"{len(paths)} with {layout!r}"
+        heads = num_query_heads(modules[paths[0]]) or 1
+        if isinstance(length, int) and _reaches(layout, heads, length):
+            is_causal = bool(getattr(modules[paths[0]], "is_causal", True))
+            density = layout.density(length, is_causal=is_causal, num_heads=heads)
+            text += f" (density {density:.1%} at {length} tokens)"
         parts.append(text)
     left = len(modules) - len(assigned)
-    return f"{type(model).__name__}: {', '.join(parts)}; {left} of {len(modules)} attention layers left dense."
+    layers = f"{len(modules)} attention layers"
+    return f"{type(model).__name__}: {layers}, {', '.join(parts)}, {left} left dense."
+
+
+def _reaches(layout: Layout, heads: int, length: int) -> bool:
+    try:
+        layout.check(heads, length, length)
+    except ValueError:  # a tensor made for a shorter length
+        return False
+    return True
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:

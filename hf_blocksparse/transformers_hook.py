@@ -118,6 +118,7 @@ def block_sparse_attention_forward(
     sinks = kwargs.pop("s_aux", None)
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
     _refuse(state, kwargs)
+    _refuse_context_parallel(state)
     mask = _read_mask(module, state, query, key, attention_mask, is_causal, window)
     if mask.is_causal and is_causal is False:
         raise ValueError(
@@ -125,7 +126,7 @@ def block_sparse_attention_forward(
             "for bidirectional attention."
         )
     sequences = mask.sequences
-    if cu_seqlens != (None, None):
+    if any(lengths is not None for lengths in cu_seqlens):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
     out = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
@@ -160,6 +161,16 @@ def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError(
             f"{state.path} passes {asked} to its attention, which block_sparse attention does not compute; "
             "leave this layer out with a PerLayer layout, or use attn_implementation='sdpa'."
+        )
+
+
+def _refuse_context_parallel(state: LayerAttention) -> None:
+    # It replaces torch's function and hands every rank a shard of the sequence, which no other attention can know.
+    replaced = nn.functional.scaled_dot_product_attention.__module__
+    if replaced.startswith("torch.distributed.tensor.experimental"):
+        raise NotImplementedError(
+            f"{state.path} runs under torch's context parallelism, where each rank holds a part of the sequence; block_sparse attention "
+            "needs all of it; shard the batch, the weights or the heads instead."
         )
 
 

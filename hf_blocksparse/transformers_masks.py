@@ -207,8 +207,7 @@ def _recognise(mask_function: Callable) -> _Predicate | None:
             return _Predicate(documents=held["packed_sequence_mask"])
         case "remap_positions_for_packed_sequence":
             # Positions count from each document's start, which moves neither causality nor windows.
-            inner = _recognise(held["mask_function"])
-            return None if inner is None or inner.chunk_tokens is not None else inner
+            return _recognise(held["mask_function"])
         case "and_masks":
             whole: _Predicate | None = _Predicate()
             for part in held["mask_functions"]:

@@ -17,6 +17,8 @@ from tiny_models import (
     real_tokens,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -420,11 +422,14 @@ def test_the_model_can_be_compiled():
 
 def test_patching_says_what_it_did(caplog):
     model = make_model("llama")
+    short = TensorLayout.from_tensor(torch.eye(2), 16)
     with caplog.at_level(logging.INFO, logger="hf_blocksparse.patch"):
         patch_model(model, {1: SlidingWindow(64)})
+        patch_model(model, short)
     assert [record.message for record in caplog.records] == [
-        "LlamaForCausalLM: 1 layers SlidingWindow(window=64) (density 43.7% at 256 tokens); "
-        "1 of 2 attention layers left dense."
+        "LlamaForCausalLM: 2 attention layers, 1 with SlidingWindow(window=64) (density 43.7% at "
+        "256 tokens), 1 left dense.",
+        f"LlamaForCausalLM: 2 attention layers, 2 with {short!r}, 0 left dense.",
     ]
 
 
@@ -683,6 +688,21 @@ def test_masks_of_other_tokens_are_refused():
     Cross()(1)
     with pytest.raises(NotImplementedError, match="got encoder_hidden_states: it is a cross-att"):
         Cross()(1, encoder_hidden_states=1)
+
+
+def test_context_parallelism_is_refused():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        buffer = torch.zeros(1, 6)
+        with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
+            with pytest.raises(NotImplementedError, match="each rank holds a part of the sequence"):
+                block_sparse_attention_forward(Names(), *qkv(), None)
+    finally:
+        torch.distributed.destroy_process_group()
+    block_sparse_attention_forward(Names(), *qkv(), None)
 
 
 def test_attentions_are_not_made():
