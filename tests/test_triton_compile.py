@@ -1,0 +1,51 @@
+"""The kernels compile for GPUs that need not be here, and one program fits into their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hf_blocksparse.ops.triton.tile_sizes import SHARED_MEMORY_BYTES
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+LIMITS = {name: SHARED_MEMORY_BYTES[name] for name in ("sm_80", "sm_90", "sm_100")} | {
+    "gfx942": SHARED_MEMORY_BYTES["small"]
+}
+TENSOR_MEMORY_COLUMNS = 512
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """Runs `compile_kernels.py` once per target, as many at a time as there are cores, with an empty cache."""
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(SCRIPT.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+
+    def compile_for(target: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(SCRIPT), target]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield dict(zip(LIMITS, pool.map(compile_for, LIMITS), strict=True))
+
+
+@pytest.mark.parametrize("target", LIMITS)
+def test_kernels_compile_and_fit(compilations, target):
+    done = compilations[target]
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {record["kernel"] for record in records} == {
+        "row_terms",
+        "forward",
+        "grad_query",
+        "grad_key_value",
+    }
+    for record in records:
+        assert record["shared"] <= LIMITS[target], record
+        assert (record.get("tensor_memory") or 0) <= TENSOR_MEMORY_COLUMNS, record
