@@ -40,21 +40,22 @@ class _Step:
         batch, heads: slices of the query tensor.
         rows: slice of its rows.
         columns: slices of the key tensor's rows, in order.
-        mask: bool `[rows, columns]`, None where everything is kept.
+        hidden: for each partial tile its place among the gathered columns, and bool `[rows, its columns]`, True where a coefficient
+            is not kept.
     """
 
     batch: slice
     heads: slice
     rows: slice
     columns: list[slice]
-    mask: Tensor | None
+    hidden: list[tuple[slice, Tensor]]
 
 
 def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[_Step]:
     list_of = index.list_of.expand(sequences.num_sequences, num_heads).tolist()
     offsets, num_full = index.kv_offsets.tolist(), index.kv_num_full.tolist()
     indices, mask_ids = index.kv_indices.tolist(), index.kv_mask_ids.tolist()
-    bits = index.bank_bits()
+    hidden_bits = ~index.bank_bits()
     table = sequences.table.tolist()
     everyone = slice(None)
     whole_batch = sequences.is_uniform and index.list_of.shape[0] == 1
@@ -75,7 +76,8 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                     for e in range(start, stop)
                 )
                 columns: list[slice] = []
-                masks: list[Tensor | int] = []
+                hidden: list[tuple[slice, Tensor]] = []
+                gathered = 0
                 for kv_tile, mask_id in entries:
                     left = max(kv_tile * index.tile_kv, kv_pos)
                     right = min((kv_tile + 1) * index.tile_kv, kv_pos + kv_len)
@@ -86,12 +88,15 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                         columns[-1] = slice(columns[-1].start, place.stop)
                     else:
                         columns.append(place)
-                    if mask_id < 0:
-                        masks.append(right - left)
-                    else:
-                        origin = kv_tile * index.tile_kv
-                        part = bits[mask_id, :, left - origin : right - origin]
-                        masks.append(part[first - tile * index.tile_q : end - tile * index.tile_q])
+                    if mask_id >= 0:
+                        origin_q, origin_kv = tile * index.tile_q, kv_tile * index.tile_kv
+                        part = hidden_bits[
+                            mask_id,
+                            first - origin_q : end - origin_q,
+                            left - origin_kv : right - origin_kv,
+                        ]
+                        hidden.append((slice(gathered, gathered + right - left), part))
+                    gathered += right - left
                 if not columns:
                     continue
                 yield _Step(
@@ -99,22 +104,8 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                     everyone if shared else slice(head, head + 1),
                     slice(first - q_pos + q_row, end - q_pos + q_row),
                     columns,
-                    _join_masks(masks, end - first, bits.device),
+                    hidden,
                 )
-
-
-def _join_masks(masks: list[Tensor | int], rows: int, device: torch.device) -> Tensor | None:
-    if all(isinstance(mask, int) for mask in masks):
-        return None
-    return torch.cat(
-        [
-            torch.ones(rows, mask, dtype=torch.bool, device=device)
-            if isinstance(mask, int)
-            else mask
-            for mask in masks
-        ],
-        1,
-    )
 
 
 class _StepTensors:
@@ -164,11 +155,9 @@ class _StepTensors:
             scores = torch.tanh(scores / self.problem.softcap)
             slope = 1 - scores * scores
             scores = self.problem.softcap * scores
-        if self.step.mask is not None:
-            masked = scores.unflatten(2, (self.group_here, -1)).masked_fill(
-                ~self.step.mask, float("-inf")
-            )
-            scores = masked.flatten(2, 3)
+        by_member = scores.unflatten(2, (self.group_here, -1))
+        for columns, hidden in self.step.hidden:
+            by_member[..., columns].masked_fill_(hidden, float("-inf"))
         return scores, slope
 
     def dropout_factor(self, dtype: torch.dtype) -> Tensor | None:
@@ -272,9 +261,8 @@ class _Attention(torch.autograd.Function):
             grad_scores = weights * (grad_weights - part.rows_of(delta)[..., None])
             if slope is not None:
                 grad_scores = grad_scores * slope
-            grad_scores = grad_scores * problem.scale
-            part.add_rows(grad_query, grad_scores @ key_columns)
-            part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ query_rows)
+            part.add_rows(grad_query, grad_scores @ key_columns * problem.scale)
+            part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ (query_rows * problem.scale))
         grad_sinks = None
         if sinks is not None:
             share = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(torch.isinf(lse), 0)
