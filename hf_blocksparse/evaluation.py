@@ -278,16 +278,14 @@ def perplexity(
 def nll_difference(changed: Perplexity, baseline: Perplexity) -> NllDifference:
     """Loss of `changed` minus that of `baseline`, window by window, in the last bucket.
 
-    Raises ValueError unless both scored windows of the same number, length and positions.
+    Both must have scored the same tokens; what was before these may differ. Raises ValueError
+    where the numbers of windows or of tokens differ.
     """
-    spans = [
-        (run.num_windows, run.window_tokens, run.buckets[-1].first_position)
-        for run in (changed, baseline)
-    ]
-    if spans[0] != spans[1]:
+    scored = [(run.num_windows, run.buckets[-1].num_tokens) for run in (changed, baseline)]
+    if scored[0] != scored[1]:
         raise ValueError(
-            f"changed got (windows, tokens, first scored position) {spans[0]} and baseline "
-            f"{spans[1]}; a paired difference needs the same windows; measure both on one set."
+            f"changed got (windows, scored tokens) {scored[0]} and baseline {scored[1]}; "
+            "a paired difference needs the same tokens; measure both on one set."
         )
     differences = [
         left - right

@@ -103,14 +103,17 @@ class Preset:
     model_costs: tuple[str, ...]
     model_work: str
     repetitions: int
+    attention_repetitions: int
+    probe_passages: int
     probe_passage_tokens: int
     probe_gap_tokens: int
+    bucket_tokens: int | None
 
 
 PRESETS = {
     "cpu": Preset(
         context_tokens=4096,
-        layout={"kind": "sink_window", "sink": 64, "window": 448},
+        layout={"kind": "sink_window", "sink": 16, "window": 240},
         windows=2,
         steps=3,
         windows_per_step=1,
@@ -119,8 +122,11 @@ PRESETS = {
         model_costs=("sdpa", "layout"),
         model_work=FORWARD,
         repetitions=1,
+        attention_repetitions=2,
+        probe_passages=1,
         probe_passage_tokens=512,
         probe_gap_tokens=1024,
+        bucket_tokens=None,
     ),
     "cuda": Preset(
         context_tokens=8192,
@@ -133,8 +139,11 @@ PRESETS = {
         model_costs=("eager", "sdpa", "layout"),
         model_work=FORWARD_AND_BACKWARD,
         repetitions=5,
+        attention_repetitions=20,
+        probe_passages=16,
         probe_passage_tokens=1024,
         probe_gap_tokens=2048,
+        bucket_tokens=1024,
     ),
 }
 
@@ -157,6 +166,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--yarn-factor", type=float, help="stretch the model's context with YaRN")
     add("--windows", type=int, help="held-out windows, each from a document of its own")
     add("--score-tokens", type=int, default=1024, help="scored tokens at the end of each window")
+    add("--bucket-tokens", type=int, help="score the text before, too, in buckets of this size")
     add("--steps", type=int, help="fine-tuning steps")
     add("--windows-per-step", type=int)
     add("--learning-rate", type=float, default=2e-4, help="of the first step; falls to 0 linearly")
@@ -165,6 +175,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--attention-costs", nargs="*", choices=("eager", "sdpa", "layout", "window"))
     add("--model-work", choices=(FORWARD, FORWARD_AND_BACKWARD), help="work of --model-costs")
     add("--repetitions", type=int, help="timed calls of the whole model")
+    add("--attention-repetitions", type=int, help="timed calls of attention alone")
+    add("--probe-passages", type=int, help="held-out windows the repeat probe is made from")
     add("--probe-passage-tokens", type=int)
     add("--probe-gap-tokens", type=int)
     add("--seed", type=int, default=0)
@@ -186,11 +198,11 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
             f"tune got {list(arguments.tune)}; the layout must be among them, as that model is "
             "saved; add layout."
         )
-    for field in ("windows", "steps", "windows_per_step", "repetitions"):
-        if getattr(arguments, field) < 1:
-            raise ValueError(
-                f"{field} got {getattr(arguments, field)}; it must be 1 or more; raise it."
-            )
+    counts = ("windows", "steps", "windows_per_step", "repetitions", "attention_repetitions")
+    for field in (*counts, "probe_passages", "bucket_tokens"):
+        number = getattr(arguments, field)
+        if number is not None and number < 1:
+            raise ValueError(f"{field} got {number}; it must be 1 or more; raise it.")
     if not 1 <= arguments.score_tokens < arguments.context_tokens:
         raise ValueError(
             f"score_tokens got {arguments.score_tokens} of {arguments.context_tokens} tokens; the "
@@ -202,6 +214,11 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
             f"probe_gap_tokens got {arguments.probe_gap_tokens}, which with two passages of "
             f"{arguments.probe_passage_tokens} makes {probe} tokens; the context has "
             f"{arguments.context_tokens}; shorten the gap or the passage."
+        )
+    if arguments.probe_passages > arguments.windows:
+        raise ValueError(
+            f"probe_passages got {arguments.probe_passages} of {arguments.windows} windows; each "
+            "passage is the start of a held-out window; lower it or raise --windows."
         )
     arguments.layout = read_layout(arguments.layout)
     return arguments
@@ -285,6 +302,8 @@ class Measurements:
 
     held_out: Windows
     score_tokens: int
+    bucket_tokens: int | None
+    probe_passages: int
     probe_passage_tokens: int
     probe_gap_tokens: int
     device: torch.device
@@ -294,20 +313,22 @@ class Measurements:
         self.rows: list[Quality] = []
 
     def perplexity(self, model: PreTrainedModel, label: str, windows: Tensor) -> Perplexity:
-        length = windows.shape[1]
+        scored_from = windows.shape[1] - self.score_tokens
+        edges = [scored_from]
+        if self.bucket_tokens is not None:
+            edges = [max(1, start) for start in range(0, scored_from, self.bucket_tokens)] + edges
         with autocast(self.device, self.dtype):
-            return perplexity(
-                model, windows, edges=(length - self.score_tokens,), label=f"  {label}"
-            )
+            return perplexity(model, windows, edges=edges, label=f"  {label}")
 
     def probe(self, model: PreTrainedModel, label: str) -> RepeatProbe:
-        """Passages are the starts of the held-out windows, each gap the start of another one."""
+        """Passages are the starts of held-out windows; the text between comes from another one."""
         windows, passage = self.held_out.tokens, self.probe_passage_tokens
         gap = windows.roll(1, 0)[:, passage : passage + self.probe_gap_tokens]
+        gap = gap[: self.probe_passages]
         with autocast(self.device, self.dtype):
             return repeat_probe(
                 model,
-                windows[:, :passage],
+                windows[: self.probe_passages, :passage],
                 gap,
                 label=f"  {label}, repeat probe",
             )
@@ -328,7 +349,7 @@ class Measurements:
         """The same scored tokens with less text before them."""
         label = f"dense, cut to the last {context_tokens:,} tokens"
         measured = self.perplexity(model, label, self.held_out.cut(context_tokens))
-        self.rows.append(Quality(label, measured, None, None))
+        self.rows.append(Quality(label, measured, self.difference(measured), None))
 
     def difference(self, measured: Perplexity) -> NllDifference | None:
         return nll_difference(measured, self.rows[0].perplexity) if self.rows else None
@@ -407,7 +428,7 @@ def measure_costs(
                     context_tokens=arguments.context_tokens,
                     device=device,
                     dtype=dtype,
-                    repetitions=5,
+                    repetitions=arguments.attention_repetitions,
                 )
             else:
                 cost = in_fresh_process(
@@ -529,6 +550,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measurements = Measurements(
             held_out=held_out,
             score_tokens=arguments.score_tokens,
+            bucket_tokens=arguments.bucket_tokens,
+            probe_passages=arguments.probe_passages,
             probe_passage_tokens=arguments.probe_passage_tokens,
             probe_gap_tokens=arguments.probe_gap_tokens,
             device=device,

@@ -57,7 +57,7 @@ class Quality:
     Attributes:
         label: what a reader calls the row.
         perplexity: on the held-out windows, or on the end of them where `label` says "cut".
-        difference: to the pretrained dense row, window by window.
+        difference: to the pretrained dense row, window by window, on the same scored tokens.
         probe: the repeat probe, where it was run.
     """
 

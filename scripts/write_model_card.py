@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attention_cost import FORWARD, FORWARD_AND_BACKWARD, WHOLE_MODEL
 from huggingface_hub import EvalResult, ModelCardData
-from sparsify_results import CostRow, SparsifyResults
+from sparsify_results import CostRow, Quality, SparsifyResults
 
 from hf_blocksparse.run_record import RunRecord, from_plain, read_record
 
@@ -47,6 +47,23 @@ def quality_table(results: SparsifyResults) -> str:
         rows.append((row.label, f"{row.perplexity.perplexity:.3f}", difference, probe))
     return markdown_table(
         ("attention", "perplexity", "loss to dense, nats", "repeat: first / copy"), rows
+    )
+
+
+def position_table(results: SparsifyResults) -> str:
+    """Perplexity by position in the window, of the rows that scored the same positions as dense."""
+
+    def positions(row: Quality) -> list[tuple[int, int]]:
+        return [(bucket.first_position, bucket.end_position) for bucket in row.perplexity.buckets]
+
+    spans = positions(results.qualities[0])
+    return markdown_table(
+        ("tokens", *(f"{first:,} to {end - 1:,}" for first, end in spans)),
+        [
+            (row.label, *(f"{bucket.perplexity:.3f}" for bucket in row.perplexity.buckets))
+            for row in results.qualities
+            if positions(row) == spans
+        ],
     )
 
 
@@ -106,6 +123,10 @@ def card_metadata(results: SparsifyResults) -> str:
 TUNED = ", fine-tuned"
 
 
+def quantity(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
 def render(record: RunRecord, record_path: str) -> str:
     """The whole card, as markdown with its YAML header."""
     results = from_plain(SparsifyResults, record.results)
@@ -119,7 +140,7 @@ def render(record: RunRecord, record_path: str) -> str:
 
 {base if model.base_model else model.name} with block-sparse attention, `{layout.description}`.
 It keeps {layout.density:.1%} of the causal coefficients at {results.context_tokens:,} tokens.
-Fine-tuned for {len(training.losses_nats)} steps, {trained_tokens:,} tokens.
+Fine-tuned for {quantity(len(training.losses_nats), "step")}, {trained_tokens:,} tokens.
 
 ![layout](figures/layout.png)
 
@@ -175,15 +196,20 @@ def _explain_quality(results: SparsifyResults) -> str:
         "weights with dense attention.",
     ]
     if count < 8:
-        notes.append(f"{count} windows are few: read small differences with care.")
-    return f"""Perplexity of the last {results.scored_tokens:,} tokens of {count} windows of
+        notes.append(
+            f"{quantity(count, 'window')} is little text: read small differences with care."
+        )
+    by_position = ""
+    if len(dense.perplexity.buckets) > 1:
+        by_position = f"\n\nPerplexity by position in the window:\n\n{position_table(results)}"
+    return f"""Perplexity of the last {results.scored_tokens:,} tokens of {quantity(count, "window")} of
 {results.context_tokens:,} tokens ({dense.perplexity.buckets[-1].num_tokens:,} tokens scored), each
 from a document of its own; text: {results.text.description}. All rows score the same tokens.
 *Loss to dense* is the mean difference to the first row in nats per token, with its standard error
 over windows. The window of the same budget keeps {results.layout.window_density:.1%}.
-*Repeat* is the perplexity of {probe.num_passages} passages of {probe.passage_tokens:,} tokens and
-of their copies {probe.gap_tokens:,} tokens later: a model that still reads the passage predicts the
-copy almost perfectly.
+*Repeat* is the perplexity of {quantity(probe.num_passages, "passage")} of
+{probe.passage_tokens:,} tokens, and of a copy {probe.gap_tokens:,} tokens later: a model that still
+reads the passage predicts the copy almost perfectly.{by_position}
 
 """ + "\n".join(f"- {note}" for note in notes)
 

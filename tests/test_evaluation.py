@@ -104,9 +104,12 @@ def test_nll_difference_is_paired(model, windows):
     difference = nll_difference(changed, baseline)
     assert difference.mean_nats == pytest.approx(0.3)
     assert difference.standard_error == pytest.approx(math.sqrt(0.14 / 2 / 3))
+    shorter = perplexity(model, windows[:, 10:], edges=(10,), progress=False)
+    expected = [math.log(shorter.perplexity) - math.log(baseline.perplexity)]
+    assert [nll_difference(shorter, baseline).mean_nats] == pytest.approx(expected)
     single = perplexity(model, windows[:1], edges=(20,), progress=False)
     assert nll_difference(single, single).standard_error is None
-    with pytest.raises(ValueError, match="changed got .* a paired difference needs the same windo"):
+    with pytest.raises(ValueError, match="changed got .* a paired difference needs the same token"):
         nll_difference(single, baseline)
 
 
