@@ -26,6 +26,8 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPTJConfig,
     GPTJForCausalLM,
     LlavaConfig,
@@ -539,6 +541,63 @@ def test_an_encoder_and_decoder_keep_their_cross_attention():
     state = state_of(model.model.decoder.layers[0].encoder_attn)
     assert state.layout is None and state.calls == 1
     assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_encoder_and_decoder_generate(num_beams):
+    model = bart()
+    batch = make_batch(20)
+    options = dict(max_new_tokens=10, min_length=11, do_sample=False, num_beams=num_beams)
+    expected = model.generate(**batch, **options)
+    names = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]
+    patch_model(model, {name: SlidingWindow(64) for name in names})
+    assert torch.equal(model.generate(**batch, **options), expected)
+
+
+def test_image_tokens_that_read_each_other_both_ways():
+    """Gemma 3 adds a mask function of its own, which is evaluated into a dense mask."""
+    layers = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=dict(
+                layers,
+                vocab_size=VOCABULARY,
+                num_key_value_heads=2,
+                head_dim=16,
+                max_position_embeddings=256,
+                sliding_window=9,
+                layer_types=["sliding_attention", "full_attention"],
+                pad_token_id=0,
+            ),
+            vision_config=dict(layers, image_size=32, patch_size=8, vision_use_head=False),
+            mm_tokens_per_image=4,
+            image_token_index=90,
+            boi_token_index=91,
+            eoi_token_index=92,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 91, 90, 90, 90, 90, 92, *range(7, 37)]])
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=(ids == 90).long(),
+        pixel_values=torch.randn(1, 3, 32, 32),
+    )
+    # The vision part is patched, too: a window as wide as the image is dense there.
+    for layout in (Dense(), SlidingWindow(20)):
+        with eager_attention_within(layout, is_causal=False):
+            expected = model(**inputs).logits
+        patch_model(model, layout)
+        torch.testing.assert_close(model(**inputs).logits, expected, **LOGITS)
+        unpatch_model(model)
+    causal = model(**inputs | {"token_type_ids": torch.zeros_like(ids)}).logits
+    assert (causal - expected).abs().max() > 0.1
 
 
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=32)

@@ -178,7 +178,7 @@ def eager_attention_within(
 
     Args:
         layout: free of `PerLayer`.
-        is_causal: for layouts that differ with causality.
+        is_causal: no token reads a later one; layouts may differ with it.
         positions: [batch, length], for packed documents; counted from the first real token otherwise.
     """
     table = layout.to_mask(128, is_causal=is_causal, num_heads=HEADS)
