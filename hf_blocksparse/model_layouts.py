@@ -33,9 +33,9 @@ SECTION = "block_sparse"
 SECTION_VERSION = 1
 ALL_LAYERS = "*"
 
-_STATE = "_block_sparse"
-_UNDO = "_block_sparse_undo"
-_DENSE_IMPLEMENTATION = "_block_sparse_dense_implementation"
+STATE_ATTRIBUTE = "_block_sparse"
+UNDO_ATTRIBUTE = "_block_sparse_undo"
+DENSE_ATTRIBUTE = "_block_sparse_dense_implementation"
 _CROSS_ATTENTION_PATH = re.compile(r"cross|encoder_attn|enc_?dec_?attention", re.IGNORECASE)
 _ATTENTION_CLASS = re.compile(r"Attention(?!Mask)|Attn")
 
@@ -69,7 +69,7 @@ def config_of(module: nn.Module) -> Any:
 
 
 def state_of(module: nn.Module) -> LayerAttention | None:
-    return module.__dict__.get(_STATE)
+    return module.__dict__.get(STATE_ATTRIBUTE)
 
 
 def layouts_by_layer(value: object, block_size: int | None = None) -> dict[LayerKey, Layout]:
@@ -365,12 +365,12 @@ def config_owners(model: PreTrainedModel) -> list[ConfigOwner]:
 def attach(module: nn.Module, state: LayerAttention) -> None:
     """Give `module` its layout and watch its first forward."""
     detach(module)
-    setattr(module, _STATE, state)
+    setattr(module, STATE_ATTRIBUTE, state)
     module.register_forward_hook(_verify_first_forward, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
-    module.__dict__.pop(_STATE, None)
+    module.__dict__.pop(STATE_ATTRIBUTE, None)
     _stop_watching(module)
 
 
@@ -438,27 +438,29 @@ def attach_from_config(model: PreTrainedModel) -> None:
             )
     undo = []
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _DENSE_IMPLEMENTATION in module.__dict__:
-            undo.append((module.config, module.__dict__[_DENSE_IMPLEMENTATION], None))
+        if isinstance(module, PreTrainedModel) and DENSE_ATTRIBUTE in module.__dict__:
+            undo.append((module.config, module.__dict__[DENSE_ATTRIBUTE], None))
     undo += [
         (config, config._attn_implementation, None)
         for _, config in registered_configs(model.config)
         if section_of(config) and all(config is not known for known, _, _ in undo)
     ]
-    model.__dict__[_UNDO] = undo
+    model.__dict__[UNDO_ATTRIBUTE] = undo
 
 
 def _dense_implementation(model: nn.Module, config: PreTrainedConfig) -> str:
     """What `config` would have chosen without its section, as found when its model was built."""
     for module in model.modules():
-        if getattr(module, "config", None) is config and _DENSE_IMPLEMENTATION in module.__dict__:
-            return module.__dict__[_DENSE_IMPLEMENTATION]
+        if getattr(module, "config", None) is config and DENSE_ATTRIBUTE in module.__dict__:
+            return module.__dict__[DENSE_ATTRIBUTE]
     return "sdpa"
 
 
 def undo_records(model: nn.Module) -> list[tuple[PreTrainedConfig, str | None, dict | None]]:
     """What the configurations under `model` were before: (configuration, implementation, section)."""
-    return [record for module in model.modules() for record in module.__dict__.get(_UNDO, ())]
+    return [
+        record for module in model.modules() for record in module.__dict__.get(UNDO_ATTRIBUTE, ())
+    ]
 
 
 def restore(model: nn.Module) -> None:
@@ -471,5 +473,5 @@ def restore(model: nn.Module) -> None:
             config.__dict__[SECTION] = section
     for module in model.modules():
         detach(module)
-        module.__dict__.pop(_UNDO, None)
-        module.__dict__.pop(_DENSE_IMPLEMENTATION, None)
+        module.__dict__.pop(UNDO_ATTRIBUTE, None)
+        module.__dict__.pop(DENSE_ATTRIBUTE, None)

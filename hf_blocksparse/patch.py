@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from hf_blocksparse.attention import IMPLEMENTATIONS
 from hf_blocksparse.layouts import Layout
 from hf_blocksparse.model_layouts import (
-    _UNDO,
     ALL_LAYERS,
     IMPLEMENTATION,
     SECTION,
+    UNDO_ATTRIBUTE,
     LayerAttention,
     LayerKey,
     assign_layouts,
@@ -140,7 +140,7 @@ def _switch(
             f"layout leaves {wrong[0]} its own attention {kept[wrong[0]]!r}; beside sparse layers only {_KEPT_IMPLEMENTATIONS} can stay; "
             "call model.set_attn_implementation('sdpa') before patching, or name every layer."
         )
-    model.__dict__[_UNDO] = [
+    model.__dict__[UNDO_ATTRIBUTE] = [
         (config, config._attn_implementation, config.__dict__.get(SECTION)) for config in configs
     ]
     for config in configs:

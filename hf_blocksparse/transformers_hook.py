@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from hf_blocksparse.attention import block_sparse_attention
 from hf_blocksparse.layouts import BlockDiagonal, Layout, SlidingWindow
 from hf_blocksparse.model_layouts import (
-    _DENSE_IMPLEMENTATION,
     ALL_LAYERS,
+    DENSE_ATTRIBUTE,
     IMPLEMENTATION,
     SECTION,
     LayerAttention,
@@ -166,8 +166,8 @@ def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
 
 def _refuse_context_parallel(state: LayerAttention) -> None:
     # It replaces torch's function and hands every rank a shard of the sequence, which no other attention can know.
-    replaced = nn.functional.scaled_dot_product_attention.__module__
-    if replaced.startswith("torch.distributed.tensor.experimental"):
+    owner = nn.functional.scaled_dot_product_attention.__module__ or ""
+    if owner.startswith("torch.distributed.tensor.experimental"):
         raise NotImplementedError(
             f"{state.path} runs under torch's context parallelism, where each rank holds a part of the sequence; block_sparse attention "
             "needs all of it; shard the batch, the weights or the heads instead."
@@ -422,7 +422,7 @@ def _register_modeling(module: ModuleType) -> None:
             )
         if is_init_check:
             dense = check(self, None, is_init_check=True, **kwargs)
-            self.__dict__[_DENSE_IMPLEMENTATION] = dense
+            self.__dict__[DENSE_ATTRIBUTE] = dense
         elif state_missing(self):
             raise ValueError(
                 f"attn_implementation got {IMPLEMENTATION!r} for a {type(self).__name__} that was built dense; its layers have no "
