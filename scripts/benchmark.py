@@ -250,7 +250,7 @@ def relative_error(attend: Attend, mask: Callable, setting: Setting) -> float:
     weights = grad_out[0, :group].float()
     exact = exact_out, *torch.autograd.grad(exact_out, (query, key, value), weights)
     return max(
-        float((a[0, : b.shape[0]].float() - b).norm() / b.norm())
+        float((a[0, : b.shape[0]].detach().float() - b.detach()).norm() / b.detach().norm())
         for a, b in zip(ours, exact, strict=True)
     )
 
@@ -260,7 +260,7 @@ def time_on_gpu(function: Callable[[], Any], setting: Setting) -> tuple[float, f
     from triton.testing import do_bench
 
     times = do_bench(function, warmup=50, rep=setting.repetition_ms, return_mode="all")
-    low, *_, high = statistics.quantiles(times, n=5)
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), low, high
 
 
@@ -438,7 +438,9 @@ def cpu_measurements(setting: Setting, repetitions: int) -> list[Measurement]:
     for implementation, direction in tqdm(cases, desc="cases", unit="case"):
         cost = in_fresh_process(cpu_cost, implementation, direction, setting, repetitions)
         times = sorted(1e3 * second for second in cost.seconds)
-        low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
+        low, *_, high = (
+            statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
+        )
         factor = 1.0 if direction == "forward" else 2.5
         flop = factor * 4.0 * setting.head_dim * kept * setting.batch
         measurements.append(

@@ -230,6 +230,7 @@ def _launch_backward(
             VALUE_DIM=value.shape[-1],
             VALUE_DIM_PADDED=_padded(value.shape[-1]),
             TILE=ROW_TERMS_TILE,
+            enable_fp_fusion=True,
         )
         if needed[0]:
             sizes = _sizes(query, value, problem, "grad_query")
@@ -309,7 +310,8 @@ def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction)
 
 
 def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]:
-    uses_tf32 = query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    # Answers for torch's old and new ways of allowing TF32 alike.
+    uses_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(
         HEAD_DIM=query.shape[-1],
         HEAD_DIM_PADDED=_padded(query.shape[-1]),
@@ -317,9 +319,10 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]
         VALUE_DIM_PADDED=_padded(value.shape[-1]),
         TILE_Q=sizes.tile_q,
         TILE_KV=sizes.tile_kv,
-        INPUT_PRECISION="tf32" if uses_tf32 else "ieee",
+        INPUT_PRECISION="tf32" if uses_tf32 and query.dtype == torch.float32 else "ieee",
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        enable_fp_fusion=True,  # Triton's default changes between releases
     )
 
 
