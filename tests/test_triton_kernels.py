@@ -350,13 +350,17 @@ def test_the_forward_saves_nothing_that_grows_with_the_tiles(device):
     assert sum(sizes.values()) == 4 * query.numel() + 2 * 300
 
 
-def test_products_of_float32_are_ieee_unless_torch_allows_tf32(monkeypatch):
+def test_products_of_float32_are_ieee_unless_torch_allows_tf32():
     query = torch.zeros(1, 1, 8, 16)
     sizes = TileSizes(16, 16, num_warps=4, num_stages=1)
     assert triton_ops._constants(query, query, sizes)["INPUT_PRECISION"] == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert triton_ops._constants(query, query, sizes)["INPUT_PRECISION"] == "tf32"
-    assert triton_ops._constants(query.half(), query.half(), sizes)["INPUT_PRECISION"] == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert triton_ops._constants(query, query, sizes)["INPUT_PRECISION"] == "tf32"
+        half = query.half()
+        assert triton_ops._constants(half, half, sizes)["INPUT_PRECISION"] == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_every_reason_is_given_at_once(monkeypatch):
