@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from hf_blocksparse.ops.triton.tiles import (
+    add_product,
     clip_entries,
     dropout_keeps,
     edge_entry,
@@ -109,9 +110,7 @@ def accumulate_grad_query(
     grad_scores = probabilities * (grad_probabilities - delta[:, None])
     if softcap_scale is not None:
         grad_scores *= 1.0 - raw * raw
-    return tl.dot(
-        grad_scores.to(key_tile.dtype), key_tile, grad_query, input_precision=INPUT_PRECISION
-    )
+    return add_product(grad_query, grad_scores.to(key_tile.dtype), key_tile, INPUT_PRECISION)
 
 
 @triton.jit
@@ -292,8 +291,8 @@ def accumulate_grad_key_value(
         keeps = dropout_keeps(dropout, query_rows[None, :], key_rows[:, None], batch_head)
         dropped = tl.where(keeps, probabilities, 0.0)
     # dV comes before dP, so that fewer products are alive at a time: registers decide the speed here.
-    grad_value = tl.dot(
-        dropped.to(grad_out_tile.dtype), grad_out_tile, grad_value, input_precision=INPUT_PRECISION
+    grad_value = add_product(
+        grad_value, dropped.to(grad_out_tile.dtype), grad_out_tile, INPUT_PRECISION
     )
     grad_probabilities = tl.dot(value_tile, grad_out_tile.T, input_precision=INPUT_PRECISION)
     if dropout is not None:
@@ -301,9 +300,7 @@ def accumulate_grad_key_value(
     grad_scores = probabilities * (grad_probabilities - delta[None, :])
     if softcap_scale is not None:
         grad_scores *= 1.0 - raw * raw
-    grad_key = tl.dot(
-        grad_scores.to(query_tile.dtype), query_tile, grad_key, input_precision=INPUT_PRECISION
-    )
+    grad_key = add_product(grad_key, grad_scores.to(query_tile.dtype), query_tile, INPUT_PRECISION)
     return grad_key, grad_value
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from hf_blocksparse.ops.triton.tiles import (
+    add_product,
     clip_entries,
     dropout_keeps,
     edge_entry,
@@ -60,11 +61,11 @@ def accumulate_keys(
         key_rows = first_key_row + tl.arange(0, TILE_KV)
         keeps = dropout_keeps(dropout, query_rows[:, None], key_rows[None, :], batch_head)
         probabilities = tl.where(keeps, probabilities, 0.0)
-    accumulator = tl.dot(
+    accumulator = add_product(
+        accumulator * shrink[:, None],
         probabilities.to(value_tile.dtype),
         value_tile,
-        accumulator * shrink[:, None],
-        input_precision=INPUT_PRECISION,
+        INPUT_PRECISION,
     )
     return accumulator, new_max, running_sum
 

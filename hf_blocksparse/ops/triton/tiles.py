@@ -252,6 +252,21 @@ def dropout_keeps(dropout, query_rows, key_rows, batch_head):
 
 
 @triton.jit
+def add_product(total, left, right, INPUT_PRECISION: tl.constexpr):
+    """`total + left @ right`, the accumulator's next value.
+
+    In IEEE float32 the product is summed on its own before it is added: a single chain over thousands of rows would lose several
+    times as much to rounding.
+    """
+    if left.dtype == tl.float32 and INPUT_PRECISION == "ieee":
+        # With the last argument set, the compiler does not fold the addition back into the product. It has no other effect here.
+        product = tl.dot(left, right, input_precision=INPUT_PRECISION, max_num_imprecise_acc=1)
+        return total + product
+    else:
+        return tl.dot(left, right, total, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent in float32, within about two rounding units everywhere.
 
