@@ -18,6 +18,8 @@ from hf_blocksparse.ops.philox import dropout_keep
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.sequences import BATCH, Q_LEN, Q_ROW, Sequences
 
+# Small enough that the scores of a step stay in a CPU's cache.
+TILE = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -26,10 +28,6 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if query.dtype not in DTYPES:
         return [f"dtype is {query.dtype} (needs one of {DTYPES})"]
     return []
-
-
-def _tile(block_size: int) -> int:
-    return 64 if block_size in (16, 32) else 128
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,7 @@ class _Attention(torch.autograd.Function):
             for row in problem.sequences.table.tolist():
                 rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
                 lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
-        tile = _tile(problem.block_size)
-        for step in _steps(problem.index_for(tile, tile), problem.sequences, heads):
+        for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
             part = _StepTensors(step, group, problem, query.shape)
             scores, _ = part.scores(
                 _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
@@ -243,8 +240,7 @@ class _Attention(torch.autograd.Function):
         grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
         grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
         grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-        tile = _tile(problem.block_size)
-        for step in _steps(problem.index_for(tile, tile), problem.sequences, heads):
+        for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
             part = _StepTensors(step, group, problem, query.shape)
             query_rows = _accumulator(part.rows_of(query))
             key_columns = _accumulator(part.columns_of(key))
