@@ -148,18 +148,20 @@ def kept_and_computed(index: BlockIndex, setting: Setting) -> tuple[int, int]:
     return kept * repeats, index.num_tiles * area * repeats
 
 
-def block_matrix(layout: Layout, setting: Setting, block_size: int) -> Tensor:
-    """bool `[heads or 1, blocks, blocks]`: the blocks that a block-exact layout keeps, without causality."""
-    index = index_of(layout, False, setting, block_size, block_size)
-    matrix = torch.zeros(
-        index.num_lists, index.num_q_tiles, index.num_kv_tiles, dtype=torch.bool, device="cpu"
-    )
-    lines = index.kv_offsets.cpu().long()
-    for number in range(index.num_lists):
-        rows = torch.repeat_interleave(torch.arange(index.num_q_tiles), lines[number].diff())
-        entries = index.kv_indices[lines[number, 0] : lines[number, -1]].cpu().long()
-        matrix[number, rows, entries] = True
-    return matrix.to(setting.device)
+def block_matrices(
+    layout: Layout, is_causal: bool, setting: Setting, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks kept in part, and in full, read from our index: bool `[heads, blocks, blocks]`."""
+    index = index_of(layout, is_causal, setting, block_size, block_size)
+    shape = (index.num_lists, index.num_q_tiles, index.num_kv_tiles)
+    counts = index.kv_offsets.diff(dim=1).flatten().long()
+    line = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    matrices = []
+    for chosen in (index.kv_mask_ids >= 0, index.kv_mask_ids < 0):
+        matrix = torch.zeros(shape, dtype=torch.bool, device=counts.device).flatten(0, 1)
+        matrix[line[chosen], index.kv_indices[chosen].long()] = True
+        matrices.append(matrix.view(shape)[index.list_of[0].long().expand(setting.heads)])
+    return matrices[0], matrices[1]
 
 
 def mask_function(name: str, layout: Layout, block_size: int, setting: Setting) -> Callable:
@@ -169,31 +171,38 @@ def mask_function(name: str, layout: Layout, block_size: int, setting: Setting) 
     if name == "window":
         window = setting.length_tokens // 8
         return lambda b, h, q, kv: (q >= kv) & (q - kv < window)
-    matrix = block_matrix(layout, setting, block_size)
+    # BigBird's random blocks are those of the causal rule.
+    partial, full = block_matrices(layout, name == "bigbird", setting, block_size)
+    matrix = partial | full
     if name == "bigbird":
-        matrix = matrix.expand(setting.heads, -1, -1).contiguous()
         return lambda b, h, q, kv: matrix[h, q // block_size, kv // block_size] & (q >= kv)
     return lambda b, h, q, kv: matrix[h, q // block_size, kv // block_size]
 
 
-def flex_attention(mask: Callable, setting: Setting, block_size: int, autotune: bool) -> Attend:
-    """FlexAttention compiled for one mask. Its sparse blocks are as large as ours, at least 64."""
+def flex_attention(
+    mask: Callable,
+    layout: Layout,
+    is_causal: bool,
+    setting: Setting,
+    block_size: int,
+    autotune: bool,
+) -> Attend:
+    """FlexAttention compiled for one mask. Its sparse blocks are as large as ours, at least 64.
+
+    The block mask is assembled from our index, because `create_block_mask` looks at every coefficient.
+    """
     from torch._functorch import config
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     # The backward is run again and again on one forward.
     config.donated_buffer = False
     torch._dynamo.reset()
     grain = max(64, block_size)
-    block_mask = torch.compile(create_block_mask)(
-        mask,
-        None,
-        setting.heads,
-        setting.length_tokens,
-        setting.length_tokens,
-        device=setting.device,
-        BLOCK_SIZE=grain,
-    )
+    lists = []
+    for matrix in block_matrices(layout, is_causal, setting, grain):
+        order = torch.argsort(matrix.int(), dim=-1, descending=True, stable=True)
+        lists += [matrix.sum(-1).int()[None], order.int()[None].contiguous()]
+    block_mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=grain, mask_mod=mask)
     compiled = torch.compile(
         flex_attention, mode="max-autotune-no-cudagraphs" if autotune else None
     )
@@ -317,7 +326,7 @@ def index_milliseconds(attend: Attend, setting: Setting) -> float:
 
 
 def gpu_measurements(
-    setting: Setting, name: str, block_size: int, implementations: Sequence[str]
+    setting: Setting, name: str, block_size: int, implementations: Sequence[str], bar: tqdm
 ) -> list[Measurement]:
     """All implementations on one layout."""
     layout, is_causal = make_layout(name, block_size, setting)
@@ -340,6 +349,7 @@ def gpu_measurements(
     mask = mask_function(name, layout, block_size, setting)
     measurements = []
     for implementation in implementations:
+        bar.set_postfix_str(f"{name}, block {block_size}, {implementation}")
         known: dict[str, Any] = dict(
             layout=name,
             block_size=block_size,
@@ -357,10 +367,9 @@ def gpu_measurements(
                 known["index_ms"] = index_milliseconds(attend, setting)
                 known["tile_efficiency"] = kept / computed
             elif implementation.startswith("flex"):
-                start = time.perf_counter()
-                attend = flex_attention(mask, setting, block_size, "autotune" in implementation)
-                torch.cuda.synchronize()
-                known["index_ms"] = 1e3 * (time.perf_counter() - start)
+                attend = flex_attention(
+                    mask, layout, is_causal, setting, block_size, "autotune" in implementation
+                )
             else:
                 backend = {
                     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -380,9 +389,9 @@ def gpu_measurements(
             if implementation == "ours":
                 raise
             failure = f"{type(refusal).__name__}: {str(refusal).strip().splitlines()[0][:200]}"
-            known.pop("index_ms", None)
             measurements.append(Measurement(**known, direction="both", failure=failure))
         torch.cuda.empty_cache()
+        bar.update()
     return measurements
 
 
@@ -556,8 +565,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     environment = describe_environment(torch.device(setting.device))
     start = time.perf_counter()
     measurements: list[Measurement] = []
+
+    def write() -> None:
+        record = RunRecord(
+            version=FORMAT_VERSION,
+            script=Path(__file__).name,
+            arguments=to_plain(
+                {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
+            ),
+            seed=setting.seed,
+            environment=environment,
+            timings_seconds={"measurements": time.perf_counter() - start},
+            results=to_plain(Results(tuple(measurements))),
+        )
+        write_record(record, arguments.output)
+
     if setting.device == "cpu":
         measurements = cpu_measurements(setting, arguments.repetitions)
+        write()
     else:
         implementations = ["ours"]
         if arguments.baselines:
@@ -570,20 +595,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in arguments.layouts
             if block_size == arguments.block_sizes[0] or name not in ("causal", "window")
         ]
-        for name, block_size in tqdm(cases, desc="layouts", unit="layout"):
-            measurements += gpu_measurements(setting, name, block_size, implementations)
-    record = RunRecord(
-        version=FORMAT_VERSION,
-        script=Path(__file__).name,
-        arguments=to_plain(
-            {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()}
-        ),
-        seed=setting.seed,
-        environment=environment,
-        timings_seconds={"measurements": time.perf_counter() - start},
-        results=to_plain(Results(tuple(measurements))),
-    )
-    write_record(record, arguments.output)
+        with tqdm(total=len(cases) * len(implementations), desc="cases", unit="case") as bar:
+            for name, block_size in cases:
+                measurements += gpu_measurements(setting, name, block_size, implementations, bar)
+                write()  # what is measured stays, if a later case is cut off
     print(
         f"{environment.device} ({environment.processor}, {environment.cpu_threads} threads), "
         f"B{setting.batch} H{setting.heads}/{setting.kv_heads} S{setting.length_tokens} D{setting.head_dim} {setting.dtype}"
