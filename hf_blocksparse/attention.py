@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -330,7 +330,7 @@ def block_sparse_attention(
     chosen = _choose(impl, query, key, value)
 
     def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
-        options = dict(
+        options: dict[str, Any] = dict(
             is_causal=is_causal,
             num_heads=heads,
             tile_q=tile_q,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, ClassVar
@@ -478,7 +478,7 @@ class _Composite(Layout):
     def fixed_heads(self) -> int | None:
         return next((n for n in (part.fixed_heads for part in self.layouts) if n), None)
 
-    def _map(self, change) -> Layout:
+    def _map(self, change: Callable[[Layout], Layout]) -> Layout:
         return dataclasses.replace(self, layouts=tuple(change(layout) for layout in self.layouts))
 
     def for_head(self, head: int) -> Layout:
