@@ -114,7 +114,7 @@ def describe_environment(device: torch.device) -> Environment:
         device_memory_bytes=memory,
         processor=_processor(),
         cpu_threads=torch.get_num_threads(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         packages=packages,
         git_commit=commit,

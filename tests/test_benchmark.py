@@ -40,4 +40,8 @@ def test_cpu_run_writes_times_of_both_directions(tmp_path, capsys):
     assert rows.keys() == {(i, d) for i in ("ours", "sdpa") for d in ("forward", "backward")}
     assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 for row in rows.values())
     assert rows["ours", "forward"]["relative_error"] < 1e-4
+    lengths = [row["length_tokens"] for row in record["results"]["index"]]
+    assert lengths == [1 << 14, 1 << 17, 1 << 20]
+    per_tile = [row["index_bytes"] / row["num_tiles"] for row in record["results"]["index"]]
+    assert max(per_tile) < 1.2 * min(per_tile)  # memory is linear in the tiles kept
     assert "sdpa" in capsys.readouterr().out
