@@ -6,7 +6,7 @@
 On a GPU every layout and block size runs through ours, SDPA (FlashAttention and cuDNN, dense) and compiled FlexAttention with the same
 mask; `--max-autotune` adds FlexAttention's autotuned form. Before anything is timed, one head of every sparse implementation is compared
 with dense attention in float32, output and gradients. On a CPU it is a causal sliding window of 10 % density beside dense SDPA, each in a
-process of its own.
+process of its own, and three of each.
 
 TFLOP/s are *useful* ones: 4 * head_dim operations per kept coefficient forward, 2.5 times as many backward, the same count for dense
 baselines, which compute more than that. Times are medians, the spread is the 20th to the 80th percentile; the backward is timed alone.
@@ -54,6 +54,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Relative errors (norm of the difference / norm of the reference) above this mean a wrong answer, not rounding.
 TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}
 CPU_DENSITY = 0.1
+# The resident set of one process moves by some MiB from run to run: the median of several is compared.
+CPU_PROCESSES = 3
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -462,8 +464,11 @@ def cpu_measurements(setting: Setting, repetitions: int) -> list[Measurement]:
     measurements = []
     cases = [(i, d) for d in ("forward", "backward") for i in ("ours", "sdpa")]
     for implementation, direction in tqdm(cases, desc="cases", unit="case"):
-        cost = in_fresh_process(cpu_cost, implementation, direction, setting, repetitions)
-        times = sorted(1e3 * second for second in cost.seconds)
+        costs = [
+            in_fresh_process(cpu_cost, implementation, direction, setting, repetitions)
+            for _ in range(CPU_PROCESSES)
+        ]
+        times = sorted(1e3 * second for cost in costs for second in cost.seconds)
         low, *_, high = (
             statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
         )
@@ -480,7 +485,7 @@ def cpu_measurements(setting: Setting, repetitions: int) -> list[Measurement]:
                 low_ms=low,
                 high_ms=high,
                 useful_tflops=flop / statistics.median(times) / 1e9,
-                peak_mib=cost.peak_bytes / 2**20,
+                peak_mib=statistics.median(cost.added_bytes for cost in costs) / 2**20,
                 relative_error=error if implementation == "ours" else None,
             )
         )
@@ -522,7 +527,7 @@ def table(measurements: Sequence[Measurement]) -> str:
     """One line per measurement."""
     header = (
         f"{'layout':<10}{'block':>6}{'density':>9}  {'implementation':<15}{'direction':<10}{'median ms':>10}"
-        f"{'spread':>17}{'TFLOP/s':>9}{'tile eff.':>10}{'index ms':>10}{'peak MiB':>10}"
+        f"{'spread':>20}{'TFLOP/s':>9}{'tile eff.':>10}{'index ms':>10}{'peak MiB':>10}"
     )
     lines = [header, "-" * len(header)]
 
@@ -536,7 +541,7 @@ def table(measurements: Sequence[Measurement]) -> str:
             continue
         spread = f"{m.low_ms:.3f}-{m.high_ms:.3f}"
         lines.append(
-            f"{start}{m.direction:<10}{m.median_ms:>10.3f}{spread:>17}{m.useful_tflops:>9.2f}"
+            f"{start}{m.direction:<10}{m.median_ms:>10.3f}{spread:>20}{m.useful_tflops:>9.3g}"
             f"{cell(m.tile_efficiency, '.2f'):>10}{cell(m.index_ms, '.1f'):>10}{cell(m.peak_mib, '.0f'):>10}"
         )
     return "\n".join(lines)
