@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from types import ModuleType
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_blocksparse.block_index import BlockIndex, get_index
-from hf_blocksparse.layouts import Layout, TensorLayout, layout_from_name
+from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.sequences import Sequences
 
@@ -40,6 +41,7 @@ def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None)
                 f"block_size got None for a layout tensor of shape {tuple(layout.shape)}; a tensor needs the size of its blocks; "
                 "give block_size=16, 32, 64 or 128."
             )
+        check_block_size(block_size, "TensorLayout")
         if layout.is_inference():  # has no version, so a change would go unseen
             return TensorLayout.from_tensor(layout, block_size)
         known = _layout_of_tensor.setdefault(layout, {})
@@ -54,8 +56,24 @@ def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None)
     )
 
 
+def _check_is_tensor(name: str, value: object, device: torch.device | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} got {type(value).__name__}; it must be a tensor; convert it with torch.as_tensor."
+        )
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{name} is on {value.device}; it must be on the device of query, {device}; move it with .to(query.device)."
+        )
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_is_tensor(name, tensor)
+        if tensor.is_meta:
+            raise NotImplementedError(
+                f"{name} is on the meta device; attention needs numbers; move it to a CPU or a GPU."
+            )
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} got shape {tuple(tensor.shape)}; it must be (batch, heads, length, head_dim); reshape it."
@@ -97,6 +115,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
 
 def _resolve_mask(attn_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
     """A view of the caller's mask with four axes."""
+    _check_is_tensor("attn_mask", attn_mask, query.device)
     if attn_mask.dtype != torch.bool:
         raise TypeError(
             f"attn_mask got dtype {attn_mask.dtype}; it must be bool, True where a key may be read (additive masks are not supported); "
@@ -133,16 +152,26 @@ def _resolve_sequences(
         raise ValueError(
             f"{' and '.join(names)} got values together; they say the same thing; give one (negative document_ids are padding)."
         )
+    if query_start is not None and (document_ids is not None or sequences is not None):
+        raise ValueError(
+            f"query_start got {query_start} beside {names[0]}, which says where the queries stand; give one; leave query_start out."
+        )
     if sequences is not None:
+        _check_sequences(sequences, query, kv_len)
         return sequences, None
     if query_start is None:
         query_start = kv_len - query_len
+    if not isinstance(query_start, int):
+        raise TypeError(
+            f"query_start got {query_start!r}; it must be an integer; give the position of the first query."
+        )
     if query_start < 0:
         raise ValueError(
             f"query_start got {query_start} (by default kv_len - query_len = {kv_len} - {query_len}); it must not be negative; "
             "give query_start=0 if queries and keys both start at position 0."
         )
     if document_ids is not None:
+        _check_is_tensor("document_ids", document_ids)
         if tuple(document_ids.shape) != (batch, query_len) or query_len != kv_len:
             raise ValueError(
                 f"document_ids got shape {tuple(document_ids.shape)} for query_len {query_len} and kv_len {kv_len}; it must be "
@@ -154,6 +183,7 @@ def _resolve_sequences(
             )
         return Sequences.from_document_ids(document_ids.to(query.device)), None
     if key_padding_mask is not None:
+        _check_is_tensor("key_padding_mask", key_padding_mask)
         if tuple(key_padding_mask.shape) != (batch, kv_len) or key_padding_mask.dtype != torch.bool:
             raise ValueError(
                 f"key_padding_mask got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}; it must be bool of shape "
@@ -165,6 +195,24 @@ def _resolve_sequences(
         holes = key_padding_mask[:, None, None, :] if bool(has_holes) else None
         return resolved, holes
     return Sequences.uniform(batch, query_len, kv_len, query_start, query.device), None
+
+
+def _check_sequences(sequences: Sequences, query: Tensor, kv_len: int) -> None:
+    if not isinstance(sequences, Sequences):
+        raise TypeError(
+            f"sequences got {type(sequences).__name__}; it must be a Sequences; make one with Sequences.from_document_ids."
+        )
+    made_for = (sequences.batch, sequences.query_len, sequences.kv_len)
+    here = (query.shape[0], query.shape[2], kv_len)
+    if made_for != here:
+        raise ValueError(
+            f"sequences got a table made for (batch, query_len, kv_len) = {made_for}; this call has {here}; make one for these tensors."
+        )
+    _check_is_tensor("sequences.table", sequences.table, query.device)
+
+
+def _version_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
@@ -305,6 +353,7 @@ def block_sparse_attention(
     Raises:
         ValueError, TypeError: an argument is wrong; the message says which, why and what to do.
         NotImplementedError: the implementation asked for cannot run the call.
+        RuntimeError: a mask was changed in place between forward and backward.
     """
     _check_tensors(query, key, value, enable_gqa)
     heads, kv_len = query.shape[1], key.shape[2]
@@ -313,10 +362,15 @@ def block_sparse_attention(
         raise ValueError(f"dropout_p got {dropout_p}; it must be in [0, 1); 0.0 turns dropout off.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap got {softcap}; it must be positive; None turns it off.")
-    if sinks is not None and tuple(sinks.shape) != (heads,):
-        raise ValueError(
-            f"sinks got shape {tuple(sinks.shape)}; it must be (query_heads,) = ({heads},); give one logit per query head."
-        )
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale got {scale}; it must be finite; None means head_dim ** -0.5.")
+    if sinks is not None:
+        _check_is_tensor("sinks", sinks, query.device)
+        if tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point:
+            raise ValueError(
+                f"sinks got {sinks.dtype} of shape {tuple(sinks.shape)}; it must be floating point of shape (query_heads,) = ({heads},); "
+                "give one logit per query head."
+            )
     mask = None if attn_mask is None else _resolve_mask(attn_mask, query, kv_len)
     where, holes = _resolve_sequences(
         query, kv_len, query_start, key_padding_mask, document_ids, sequences
@@ -327,6 +381,9 @@ def block_sparse_attention(
         # Two masks make a new tensor, which no later call can name: its index is not kept.
         mask, mask_owner = (holes, key_padding_mask) if mask is None else (mask & holes, None)
     resolved.check(heads, where.query_end, where.key_end)
+    # The backward builds its index from the mask again.
+    mask_owner = mask if mask_owner is None else mask_owner
+    mask_version = _version_of(mask_owner)
     chosen = _choose(impl, query, key, value)
 
     def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
@@ -340,11 +397,15 @@ def block_sparse_attention(
         index = get_index(resolved, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
             _check_rows(index, where, resolved, is_causal)
-        return (
-            index
-            if mask is None
-            else get_index(resolved, where, attn_mask=mask, mask_owner=mask_owner, **options)
-        )
+        if mask is None:
+            return index
+        if _version_of(mask_owner) != mask_version:
+            name = "attn_mask" if mask_owner is attn_mask else "key_padding_mask"
+            raise RuntimeError(
+                f"{name} got changed in place between forward and backward; the gradients need it as it was; "
+                f"change a copy, or pass {name}.clone()."
+            )
+        return get_index(resolved, where, attn_mask=mask, mask_owner=mask_owner, **options)
 
     seed = None
     if dropout_p:
@@ -358,7 +419,9 @@ def block_sparse_attention(
         dropout_p=dropout_p,
         dropout_seed=seed,
     )
-    out, lse = chosen.attention(query, key, value, sinks, problem)
+    # Autocast would round the scores to its dtype; accumulation is in float32.
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = chosen.attention(query, key, value, sinks, problem)
     return (out, lse) if return_lse else out
 
 

@@ -18,20 +18,22 @@ class Sequences:
     Attributes:
         table: int32 `[num_sequences, 7]`: batch row; tensor row, count and position of the first query; tensor row, count and
             position of the first key. See docs/architecture.md.
+        batch: batch rows of the tensors the table was made for.
+        query_len: query rows of those tensors.
+        kv_len: key rows of those tensors.
         query_end: no query has this position or a later one. A host number, an upper bound where the table lives on a device.
         key_end: the same for keys.
-        max_query_rows: an upper bound of the sum of `q_len`.
-        max_key_rows: an upper bound of the sum of `kv_len`.
         covers_queries: every query row of the batch belongs to a sequence.
         covers_keys: every key row of the batch belongs to a sequence.
         is_uniform: the sequences differ in their batch row alone.
     """
 
     table: Tensor
+    batch: int
+    query_len: int
+    kv_len: int
     query_end: int
     key_end: int
-    max_query_rows: int
-    max_key_rows: int
     covers_queries: bool
     covers_keys: bool
     is_uniform: bool = False
@@ -64,7 +66,7 @@ class Sequences:
         length, position = table[:, [Q_LEN, Q_POS] if of_queries else [KV_LEN, KV_POS]].unbind(1)
         first = position // tile
         count = torch.where(length > 0, (position + length - 1) // tile + 1 - first, 0)
-        rows = self.max_query_rows if of_queries else self.max_key_rows
+        rows = self.batch * (self.query_len if of_queries else self.kv_len)
         # A sequence of n tokens touches at most (n - 1) // tile + 2 tiles, one fewer where it starts on a tile's edge.
         slots = rows // tile + 2 * self.num_sequences
         last = torch.cumsum(count, 0)
@@ -94,7 +96,8 @@ class Sequences:
         Args:
             key_padding_mask: bool `[batch, kv_len]`, True where a key may be read.
             query_len: query rows of the tensor.
-            query_start: the key row the first query row stands at. Query rows that stand at padding are padding.
+            query_start: the key row the first query row stands at. Query rows that stand at padding are padding; those past the
+                last key row are not, unless the row's keys end in padding.
         """
         batch, kv_len = key_padding_mask.shape
         place = torch.arange(kv_len, device=key_padding_mask.device)
@@ -103,7 +106,7 @@ class Sequences:
         length = (end - first).clamp(min=0)
         first = torch.where(length > 0, first, 0)
         q_row = (first - query_start).clamp(0, query_len)
-        q_end = (end - query_start).clamp(0, query_len)
+        q_end = torch.where(end == kv_len, query_len, (end - query_start).clamp(0, query_len))
         table = torch.stack(
             (
                 torch.arange(batch, device=place.device),
@@ -118,10 +121,11 @@ class Sequences:
         ).to(torch.int32)
         return Sequences(
             table,
+            batch=batch,
+            query_len=query_len,
+            kv_len=kv_len,
             query_end=query_start + query_len,
             key_end=kv_len,
-            max_query_rows=batch * query_len,
-            max_key_rows=batch * kv_len,
             covers_queries=False,
             covers_keys=False,
         )
@@ -155,10 +159,11 @@ class Sequences:
         covers = bool(kept.all())
         return Sequences(
             table.to(torch.int32),
+            batch=batch,
+            query_len=length,
+            kv_len=length,
             query_end=length,
             key_end=length,
-            max_query_rows=batch * length,
-            max_key_rows=batch * length,
             covers_queries=covers,
             covers_keys=covers,
         )
@@ -166,16 +171,27 @@ class Sequences:
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Sequences:
         """Documents packed in one batch row of `length` tokens: `cu_seqlens` holds their starts and the last one's end."""
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype.is_floating_point:
+            raise ValueError(
+                f"cu_seqlens got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be a vector of at least two integers; "
+                "give the documents' starts and the last one's end."
+            )
         cu_seqlens = cu_seqlens.long()
         start, count = cu_seqlens[:-1], cu_seqlens.diff()
+        if bool((count < 0).any() | (cu_seqlens[0] < 0) | (cu_seqlens[-1] > length)):
+            raise ValueError(
+                f"cu_seqlens got {cu_seqlens.tolist()} for {length} tokens; it must ascend from 0 or more to at most their number; "
+                "give the documents' starts and the last one's end."
+            )
         zeros = torch.zeros_like(start)
         table = torch.stack((zeros, start, count, zeros, start, count, zeros), 1)
         return Sequences(
             table.to(torch.int32),
+            batch=1,
+            query_len=length,
+            kv_len=length,
             query_end=length,
             key_end=length,
-            max_query_rows=length,
-            max_key_rows=length,
             covers_queries=False,
             covers_keys=False,
         )
@@ -189,10 +205,11 @@ def _uniform(
     rows = [[b, 0, query_len, query_start, 0, kv_len, 0] for b in range(batch)]
     return Sequences(
         torch.tensor(rows, dtype=torch.int32, device=device).view(batch, 7),
+        batch=batch,
+        query_len=query_len,
+        kv_len=kv_len,
         query_end=query_start + query_len,
         key_end=kv_len,
-        max_query_rows=batch * query_len,
-        max_key_rows=batch * kv_len,
         covers_queries=True,
         covers_keys=True,
         is_uniform=True,

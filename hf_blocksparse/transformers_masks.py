@@ -378,10 +378,11 @@ def _sequences_of_padding(
     ).to(torch.int32)
     sequences = Sequences(
         table,
+        batch=batch,
+        query_len=query_len,
+        kv_len=kv_len,
         query_end=keys_end if queries_end is None else queries_end,
         key_end=keys_end,
-        max_query_rows=batch * query_len,
-        max_key_rows=batch * kv_len,
         covers_queries=is_whole,
         covers_keys=covers_keys,
     )
@@ -437,10 +438,11 @@ def mask_from_tensor(
     table = torch.stack((rows, first, length, zeros, first, length, zeros), 1).to(torch.int32)
     sequences = Sequences(
         table,
+        batch=batch,
+        query_len=query_len,
+        kv_len=kv_len,
         query_end=query_len,
         key_end=kv_len,
-        max_query_rows=batch * query_len,
-        max_key_rows=batch * kv_len,
         covers_queries=False,
         covers_keys=False,
     )

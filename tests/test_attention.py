@@ -182,10 +182,11 @@ def test_keys_dropped_from_a_cache_keep_positions():
     table = [[batch, 0, 1, 99, 0, 25, 75] for batch in range(BATCH)]
     sequences = Sequences(
         torch.tensor(table, dtype=torch.int32),
+        batch=BATCH,
+        query_len=1,
+        kv_len=25,
         query_end=100,
         key_end=100,
-        max_query_rows=BATCH,
-        max_key_rows=25 * BATCH,
         covers_queries=True,
         covers_keys=True,
     )
@@ -354,7 +355,16 @@ def bad_call(**changes):
         (dict(key=torch.ones(2, 2, 30, 24), value=torch.ones(2, 2, 30, 24)), r"query_start got -34 .*give query_start=0"),
         (dict(dropout_p=1.0), r"dropout_p got 1.0; it must be in \[0, 1\)"),
         (dict(softcap=0.0), r"softcap got 0.0; it must be positive"),
-        (dict(sinks=torch.ones(3)), r"sinks got shape \(3,\); it must be \(query_heads,\) = \(4,\)"),
+        (dict(sinks=torch.ones(3)), r"sinks got torch.float32 of shape \(3,\); .* of shape \(query_heads,\) = \(4,\)"),
+        (dict(sinks=torch.ones(4, dtype=torch.int64)), r"sinks got torch.int64 of shape \(4,\); it must be floating point"),
+        (dict(sinks=torch.ones(4, device="meta")), r"sinks is on meta; it must be on the device of query, cpu; move it"),
+        (dict(scale=float("nan")), r"scale got nan; it must be finite"),
+        (dict(attn_mask=torch.ones(64, 64, dtype=torch.bool, device="meta")), r"attn_mask is on meta; it must be on the device of query"),
+        (dict(sequences=Sequences.uniform(3, 64, 64, 0, torch.device("cpu"))),
+         r"sequences got a table made for \(batch, query_len, kv_len\) = \(3, 64, 64\); this call has \(2, 64, 64\); make one"),
+        (dict(sequences=Sequences.uniform(2, 64, 64, 0, torch.device("cpu")), query_start=7),
+         r"query_start got 7 beside sequences, which says where the queries stand; give one"),
+        (dict(document_ids=torch.zeros(2, 64, dtype=torch.int64), query_start=7), r"query_start got 7 beside document_ids"),
         (dict(attn_mask=torch.ones(3, 64, 64, dtype=torch.bool)), r"attn_mask got shape \(3, 64, 64\); it must broadcast"),
         (dict(key_padding_mask=torch.ones(2, 64)), r"key_padding_mask got torch.float32 of shape \(2, 64\); it must be bool"),
         (dict(document_ids=torch.ones(2, 32, dtype=torch.int64)), r"document_ids got shape \(2, 32\)"),
@@ -384,6 +394,13 @@ def test_bad_input_is_refused_with_the_remedy(changes, message):
     ("changes", "message"),
     [
         (dict(query=torch.ones(2, 4, 64, 24, dtype=torch.int64)), r"query got dtype torch.int64; it must be float16"),
+        (dict(query=None), r"query got NoneType; it must be a tensor; convert it"),
+        (dict(attn_mask=[[True]]), r"attn_mask got list; it must be a tensor"),
+        (dict(key_padding_mask=[[True]]), r"key_padding_mask got list; it must be a tensor"),
+        (dict(document_ids=[[0]]), r"document_ids got list; it must be a tensor"),
+        (dict(sinks=[0.0] * 4), r"sinks got list; it must be a tensor"),
+        (dict(sequences=torch.zeros(1, 7)), r"sequences got Tensor; it must be a Sequences; make one"),
+        (dict(query_start=1.5), r"query_start got 1.5; it must be an integer"),
         (dict(attn_mask=torch.ones(64, 64)), r"attn_mask got dtype torch.float32; it must be bool.*convert a 0/1 mask with .bool\(\)"),
         (dict(document_ids=torch.ones(2, 64)), r"document_ids got dtype torch.float32; it must be an integer type"),
         (dict(layout=PerLayer({0: Dense()})), r"layout got a PerLayer; one attention call needs the layout of one layer"),
@@ -433,3 +450,58 @@ def test_inference_mode_does_not_spoil_later_training():
     out = block_sparse_attention(*inputs, SinkWindow(3, 9), is_causal=True)
     grads = torch.autograd.grad(out.sum(), inputs, create_graph=True)
     torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+
+def test_meta_tensors_are_refused_with_the_remedy():
+    query, key, value = (tensor.to("meta") for tensor in make_inputs(64))
+    with pytest.raises(
+        NotImplementedError, match="query is on the meta device; .*move it to a CPU"
+    ):
+        block_sparse_attention(query, key, value, Dense())
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_a_mask_changed_between_forward_and_backward_is_refused(name):
+    inputs = make_inputs()
+    mask = torch.ones(100, 100) if name == "attn_mask" else torch.ones(BATCH, 100)
+    mask = mask.bool()
+    mask[:, 5] = False
+    out = block_sparse_attention(*inputs, Dense(), **{name: mask})
+    mask.fill_(True)
+    with pytest.raises(
+        RuntimeError, match=f"{name} got changed in place between .*pass {name}.clone"
+    ):
+        out.sum().backward()
+
+
+def test_autocast_does_not_round_the_scores():
+    inputs = make_inputs(dtype=torch.float32)
+    expected = block_sparse_attention(*inputs, SlidingWindow(50), return_lse=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = block_sparse_attention(*inputs, SlidingWindow(50), return_lse=True)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_a_padding_mask_that_hides_nothing_changes_nothing():
+    """Also for queries past the last key, which stand at no padding."""
+    query, _, _ = make_inputs(100)
+    _, key, value = make_inputs(60)
+    nothing = torch.ones(BATCH, 60, dtype=torch.bool)
+    expected = block_sparse_attention(query, key, value, Dense(), query_start=0)
+    ours = block_sparse_attention(
+        query, key, value, Dense(), query_start=0, key_padding_mask=nothing
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([0, 50, 90], r"cu_seqlens got \[0, 50, 90\] for 70 tokens; it must ascend .*at most their number; give"),
+        ([0, 50, 20], r"cu_seqlens got \[0, 50, 20\] for 70 tokens; it must ascend"),
+        ([0], r"cu_seqlens got torch.int64 of shape \(1,\); it must be a vector of at least two integers; give"),
+    ],
+)  # fmt: skip
+def test_wrong_cu_seqlens_are_refused_with_the_remedy(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        Sequences.from_cu_seqlens(torch.tensor(cu_seqlens), 70)
