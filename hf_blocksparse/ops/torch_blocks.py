@@ -64,7 +64,8 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
         batch_slice = everyone if whole_batch else slice(batch, batch + 1)
         lists = list_of[number]
         shared = len(set(lists)) == 1
-        for tile in range(q_pos // index.tile_q, -(-(q_pos + q_len) // index.tile_q)):
+        # The last tiles first: with causality they are the widest, and narrower ones fit in the memory they leave.
+        for tile in reversed(range(q_pos // index.tile_q, -(-(q_pos + q_len) // index.tile_q))):
             first = max(tile * index.tile_q, q_pos)
             end = min((tile + 1) * index.tile_q, q_pos + q_len)
             for head, one in enumerate(lists[:1] if shared else lists):
