@@ -246,7 +246,10 @@ def _block_pattern_keys(rule: Rule, tiles: Tiles, block_size: int) -> list[Tenso
 
 
 class Table(Rule):
-    """`table[head, row // block_size, col // block_size]`; nothing is kept outside the table.
+    """`table[head, row // block_size, col // block_size]`, for calls whose positions lie inside the table.
+
+    Tiles may reach past its end, where no position exists. What lies there counts as kept, by `bounds` and `visible` alike, so that
+    a tile at the end is as full as one before it and both may share a mask.
 
     Args:
         table: bool `[1 or heads, rows, cols]`, on the device the index is built on.
@@ -265,9 +268,9 @@ class Table(Rule):
     def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
         row, col = row // self.block_size, col // self.block_size
         num_rows, num_cols = self.table.shape[1:]
-        inside = (row < num_rows) & (col < num_cols)
+        outside = (row >= num_rows) | (col >= num_cols)
         row, col = row.clamp(max=num_rows - 1), col.clamp(max=num_cols - 1)
-        return self.table[self._head(head), row, col] & inside
+        return self.table[self._head(head), row, col] | outside
 
     def pooled(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
         """`(some, every)` of each tile, `[1 or heads, num_q_tiles, num_kv_tiles]`."""
@@ -277,7 +280,6 @@ class Table(Rule):
                 (1, grid.tile_q, grid.num_q_tiles),
                 (2, grid.tile_kv, grid.num_kv_tiles),
             ):
-                # Past the table no position exists, so it must not make a tile partial.
                 some = _pool(some, axis, tile, count, self.block_size, torch.any, False)
                 every = _pool(every, axis, tile, count, self.block_size, torch.all, True)
             self._pooled[grid] = (some, every & some)
