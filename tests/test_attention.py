@@ -505,3 +505,13 @@ def test_a_padding_mask_that_hides_nothing_changes_nothing():
 def test_wrong_cu_seqlens_are_refused_with_the_remedy(cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
         Sequences.from_cu_seqlens(torch.tensor(cu_seqlens), 70)
+
+
+def test_a_mask_that_hides_little_keeps_every_row():
+    """Whole tiles are kept, and the last ones end before their tile does; they share the mask of causality."""
+    inputs = make_inputs(100)
+    mask = torch.ones(100, 100, dtype=torch.bool)
+    mask[99, 0] = False
+    ours = block_sparse_attention(*inputs, Dense(), is_causal=True, attn_mask=mask, return_lse=True)
+    expected = dense_attention(*inputs, mask.tril().expand(BATCH, HEADS, 100, 100))
+    assert_same(inputs, ours, expected)

@@ -30,7 +30,9 @@ LONGEST = 300
 
 
 def random_tensor(seed: int, *shape: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+    """Half kept, nearly all kept (some tiles whole), few kept, in turn."""
+    threshold = (0.5, 0.002, 0.98)[seed % 3]
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > threshold
 
 
 simple_layouts = st.one_of(
@@ -92,6 +94,33 @@ def test_both_directions_cover_exactly_the_dense_mask(layout, is_causal, tile, q
     assert torch.equal(index.transpose_to_dense(query_end, key_end)[lists], expected)
     empty = (~expected.any(-1)).any(0).nonzero().squeeze(1)
     assert torch.equal(index.empty_rows, empty)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        MaskLayout.from_tensor(torch.ones(LONGEST, LONGEST)),
+        MaskLayout.from_tensor(torch.ones(LONGEST, LONGEST)) & SlidingWindow(90),
+        TensorLayout.from_tensor(torch.ones(19, 19), 16),
+    ],
+    ids=repr,
+)
+def test_tables_without_gaps_that_end_inside_a_tile(layout, tile):
+    """The last tile of the diagonal has the mask of the first, whose rows do not end."""
+    index = build_index(
+        layout,
+        is_causal=True,
+        num_heads=1,
+        query_end=LONGEST,
+        key_end=LONGEST,
+        tile_q=tile,
+        tile_kv=tile,
+        device=CPU,
+    )
+    expected = layout.to_mask(LONGEST, is_causal=True)
+    assert torch.equal(index.to_dense(LONGEST, LONGEST), expected)
+    assert torch.equal(index.transpose_to_dense(LONGEST, LONGEST), expected)
 
 
 @settings(max_examples=60, deadline=None)
