@@ -44,7 +44,14 @@ def inspect_layout(
     layout: Layout, length: int, *, is_causal: bool = False, num_heads: int = 1, tile: int = 128
 ) -> LayoutReport:
     """Count what `layout` keeps and computes at `length` tokens with square tiles of `tile`; builds the index on the CPU."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads got {num_heads}; it must be at least 1; give the query heads.")
     index = _index(layout, length, is_causal, num_heads, tile)
+    return _report(index, list(range(num_heads)), length, is_causal)
+
+
+def _report(index: BlockIndex, heads: list[int], length: int, is_causal: bool) -> LayoutReport:
+    """The report over some of the heads that `index` was built for."""
     kept = _kept_of_tiles(index, length)
     tiles_of_list = (index.kv_offsets[:, -1] - index.kv_offsets[:, 0]).long()
     kept_of_list = torch.stack(
@@ -55,12 +62,14 @@ def inspect_layout(
             )
         ]
     )
-    lists = index.list_of[0].long().expand(num_heads)
+    lists = (
+        index.list_of[0].long().expand(max(heads) + 1 if index.list_of.shape[1] == 1 else -1)[heads]
+    )
     dense = length * (length + 1) // 2 if is_causal else length * length
     return LayoutReport(
         kept=int(kept_of_list[lists].sum()),
-        dense=dense * num_heads,
-        computed=int(tiles_of_list[lists].sum()) * tile * tile,
+        dense=dense * len(heads),
+        computed=int(tiles_of_list[lists].sum()) * index.tile_q * index.tile_kv,
         num_tiles=index.num_tiles,
         index_bytes=index.num_bytes,
     )
@@ -73,10 +82,14 @@ def kept_fractions(
 
     A cell is a power of two of tokens wide, at least 16; fractions count only coefficients within `length`.
     """
+    if max_cells < 1:
+        raise ValueError(
+            f"max_cells got {max_cells}; it must be at least 1 (two characters of a picture's width each); give more."
+        )
     cell = 16
     while -(-length // cell) > max_cells:
         cell *= 2
-    num_heads = layout.fixed_heads or head + 1
+    num_heads = _heads_around(layout, head)
     index = _index(layout, length, is_causal, num_heads, cell)
     one = int(index.list_of[0].expand(num_heads)[head])
     cells = -(-length // cell)
@@ -104,14 +117,22 @@ def picture(
 
 def describe(layout: Layout, length: int, *, is_causal: bool = False, head: int = 0) -> str:
     """One line: the layout, the length, the density and the tile efficiency."""
-    report = inspect_layout(
-        layout.for_head(head), length, is_causal=is_causal, num_heads=layout.fixed_heads or head + 1
-    )
+    index = _index(layout, length, is_causal, _heads_around(layout, head), 128)
+    report = _report(index, [head], length, is_causal)
     kind = "causal triangle" if is_causal else "square"
     return (
         f"{layout.for_head(head)!r} at {length:,} tokens: density {report.density:.1%} of the {kind}, "
         f"tile efficiency {report.tile_efficiency:.0%} with 128 x 128 tiles"
     )
+
+
+def _heads_around(layout: Layout, head: int) -> int:
+    """Heads to build an index for, so that it holds `head`."""
+    if not 0 <= head < (layout.fixed_heads or head + 1):
+        raise ValueError(
+            f"head got {head} for {layout!r}; it must be a query head, counted from 0; give one that the layout has."
+        )
+    return layout.fixed_heads or head + 1
 
 
 def _shade(fraction: float) -> int:

@@ -12,6 +12,7 @@ is 1000 tokens); *block-exact* ones keep whole blocks of `block_size` tokens.
 from __future__ import annotations
 
 import base64
+import binascii
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -64,7 +65,8 @@ def _check_count(owner: object, name: str, least: int) -> None:
 
 
 def check_block_size(block_size: object, owner: str) -> None:
-    if block_size not in BLOCK_SIZES:
+    # A float or a tensor may equal a size, but is none.
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"{owner}: block_size got {block_size!r}; it must be one of {BLOCK_SIZES}; "
             "choose 128 for speed, smaller for a finer pattern."
@@ -309,6 +311,7 @@ class _TableLayout(Layout):
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
+        object.__setattr__(self, "shape", shape)
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(
                 f"{type(self).__name__}: shape got {shape}; it must be (heads, rows, cols), all positive; "
@@ -333,6 +336,10 @@ class _TableLayout(Layout):
     @cached_property
     def _hash(self) -> int:
         return hash((self.kind, self.shape, self.data, self.grain))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Python salts hashes in each process, so the kept one must not travel.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     def __repr__(self) -> str:
         heads, rows, cols = self.shape
@@ -407,7 +414,13 @@ class _TableLayout(Layout):
         if "shape" in fields:
             fields["shape"] = tuple(fields["shape"])
         if "data" in fields:
-            fields["data"] = base64.b64decode(fields["data"])
+            try:
+                fields["data"] = base64.b64decode(fields["data"])
+            except binascii.Error as error:
+                raise ValueError(
+                    f"{cls.__name__}: data got {fields['data']!r:.40}, which is not base64 ({error}); it must be what to_dict() wrote; "
+                    "write it again."
+                ) from error
         return cls(**fields)
 
 
@@ -588,6 +601,10 @@ class PerLayer(Layout):
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Layout:
         if "layers" in fields:
+            if any(len(entry) != 2 for entry in fields["layers"]):
+                raise ValueError(
+                    f"PerLayer: layers got {fields['layers']!r:.60}; it must be pairs of a layer and a layout; write it with to_dict()."
+                )
             layers = [(key, layout_from_dict(value)) for key, value in fields["layers"]]
             fields = fields | {"layers": layers}
         return cls(**fields)
@@ -634,7 +651,7 @@ def layout_from_dict(section: Mapping[str, Any]) -> Layout:
             f"layout got version {version!r}; this release reads version {FORMAT_VERSION}; upgrade hf-blocksparse."
         )
     kind = fields.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"layout got kind {kind!r}; it must be one of {sorted(KINDS)}; "
             "correct it, or upgrade hf-blocksparse if a newer release wrote it."
@@ -657,7 +674,7 @@ def layout_from_dict(section: Mapping[str, Any]) -> Layout:
 
 def layout_from_name(name: str, block_size: int | None = None) -> Layout:
     """A preset by name; `block_size` applies to block-exact presets only."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(
             f"layout got the name {name!r}; it must be one of {sorted(PRESETS)}; use a name or a layout object."
         )
@@ -706,11 +723,15 @@ def layout_to_mask(
         bool `[..., query_len, kv_len]`.
     """
     check_block_size(block_size, "layout_to_mask")
+    if layout.dim() < 2:
+        raise ValueError(
+            f"layout got shape {tuple(layout.shape)}; it must be [..., query_blocks, kv_blocks]; add the missing axes."
+        )
     mask = (layout != 0).repeat_interleave(block_size, -1).repeat_interleave(block_size, -2)
     rows = mask.shape[-2] if query_len is None else query_len
     cols = mask.shape[-1] if kv_len is None else kv_len
-    if rows > mask.shape[-2] or cols > mask.shape[-1]:
+    if not (0 <= rows <= mask.shape[-2] and 0 <= cols <= mask.shape[-1]):
         raise ValueError(
-            f"query_len, kv_len got {rows}, {cols}; the layout reaches {mask.shape[-2]}, {mask.shape[-1]}; crop to at most that."
+            f"query_len, kv_len got {rows}, {cols}; the layout reaches {mask.shape[-2]}, {mask.shape[-1]}; crop to 0 up to that."
         )
     return mask[..., :rows, :cols]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -164,6 +167,27 @@ def test_picture_shows_layout_and_density():
     assert describe(Dense(), 256).startswith("Dense() at 256 tokens: density 100.0% of the square")
 
 
+def test_a_picture_tells_the_density_of_its_own_head():
+    blocks = torch.stack((torch.ones(4, 4), torch.eye(4)))
+    layout = TensorLayout.from_tensor(blocks, 16)
+    assert "density 100.0%" in describe(layout, 64, head=0)
+    assert "density 25.0%" in describe(layout, 64, head=1)
+    assert "density 25.0%" in describe(layout & Dense(), 64, head=1)
+
+
+def test_equal_tables_hash_equally_in_another_process(tmp_path):
+    layout = TensorLayout.from_tensor(torch.eye(4), 16)
+    assert hash(layout) == hash(TensorLayout([1, 4, 4], layout.data, 16))
+    stored = tmp_path / "layout.pickle"
+    stored.write_bytes(pickle.dumps(layout))
+    code = (
+        "import pathlib, pickle, sys, torch, hf_blocksparse as bs\n"
+        "stored = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "assert len({stored, bs.TensorLayout.from_tensor(torch.eye(4), 16)}) == 1"
+    )
+    subprocess.run([sys.executable, "-c", code, str(stored)], check=True)
+
+
 def test_kept_fractions_match_the_mask():
     layout = Longformer(40, 10)
     fractions = kept_fractions(layout, 128, max_cells=8)
@@ -202,6 +226,20 @@ def test_repr_of_a_tensor_layout_tells_what_it_is():
         (lambda: PerLayer([(0, Dense()), (0, Dense())]), r"a layer may be named once"),
         (lambda: Dense().density(0), r"length got 0; it must be at least 1"),
         (lambda: mask_to_layout(torch.ones(3), 16), r"mask got shape \(3,\); it must be \[..., query_len, kv_len\]"),
+        (lambda: BigBird(16.0), r"BigBird: block_size got 16.0; it must be one of"),
+        (lambda: resolve_layout(torch.ones(4, 4), [16]), r"block_size got \[16\]; it must be one of"),
+        (lambda: layout_from_dict({"kind": ["dense"]}), r"layout got kind \['dense'\]; it must be one of"),
+        (lambda: layout_from_name(["dense"]), r"layout got the name \['dense'\]; it must be one of"),
+        (lambda: layout_from_dict({"kind": "mask", "shape": [1, 2, 2], "data": "a"}),
+         r"MaskLayout: data got 'a', which is not base64 .*; it must be what to_dict\(\) wrote; write it again"),
+        (lambda: layout_from_dict({"kind": "per_layer", "layers": [[0]]}),
+         r"PerLayer: layers got \[\[0\]\]; it must be pairs of a layer and a layout; write it with"),
+        (lambda: Dense().density(5, num_heads=0), r"num_heads got 0; it must be at least 1; give"),
+        (lambda: Dense().picture(64, width=1), r"max_cells got 0; it must be at least 1 .*; give more"),
+        (lambda: Dense().picture(64, head=-1), r"head got -1 for Dense\(\); it must be a query head, counted from 0; give"),
+        (lambda: PerHead((Dense(), Dense())).picture(64, head=2), r"head got 2 for PerHead.*give one that the layout has"),
+        (lambda: layout_to_mask(torch.ones(2, 2), 16, -1), r"query_len, kv_len got -1, 32; the layout reaches 32, 32; crop"),
+        (lambda: layout_to_mask(torch.ones(2), 16), r"layout got shape \(2,\); it must be \[..., query_blocks, kv_blocks\]; add"),
         (lambda: layout_to_mask(torch.ones(2, 2), 16, 40), r"query_len, kv_len got 40, 32; the layout reaches 32, 32"),
     ],
 )  # fmt: skip
