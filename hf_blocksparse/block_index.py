@@ -13,6 +13,7 @@ are looked at, and only one of those that must have equal content.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
@@ -371,24 +372,31 @@ class _IndexCache:
     def __init__(self) -> None:
         self.entries: OrderedDict[object, BlockIndex] = OrderedDict()
         self.num_bytes = 0
+        self.lock = threading.Lock()  # the autograd engine and data parallelism call from threads
 
     def get(self, key: object, build) -> BlockIndex:
-        index = self.entries.get(key)
-        if index is None:
-            index = build()
+        with self.lock:
+            index = self.entries.get(key)
+            if index is not None:
+                self.entries.move_to_end(key)
+                return index
+        index = build()
+        with self.lock:
+            # Another thread may have built the same meanwhile; the first stays.
+            if key in self.entries:
+                return self.entries[key]
             self.entries[key] = index
             self.num_bytes += index.num_bytes
             while len(self.entries) > 1 and (
                 len(self.entries) > CACHED_INDICES or self.num_bytes > CACHED_BYTES
             ):
                 self.num_bytes -= self.entries.popitem(last=False)[1].num_bytes
-        else:
-            self.entries.move_to_end(key)
         return index
 
     def clear(self) -> None:
-        self.entries.clear()
-        self.num_bytes = 0
+        with self.lock:
+            self.entries.clear()
+            self.num_bytes = 0
 
 
 _cache = _IndexCache()

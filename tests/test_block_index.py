@@ -1,5 +1,6 @@
 """The block index covers exactly what the layout keeps, in both directions, and costs what is kept."""
 
+import threading
 import time
 
 import pytest
@@ -241,6 +242,24 @@ def test_cache_is_bounded(monkeypatch):
     assert block_index._cache.num_bytes == sum(
         index.num_bytes for index in block_index._cache.entries.values()
     )
+
+
+def test_threads_that_build_the_same_count_it_once():
+    cache = block_index._IndexCache()
+    built = build_index(Dense(), is_causal=True, num_heads=1, query_end=64, key_end=64,
+                        tile_q=64, tile_kv=64, device=CPU)  # fmt: skip
+    both_build = threading.Barrier(2)
+
+    def build():
+        both_build.wait(timeout=10)
+        return built
+
+    threads = [threading.Thread(target=cache.get, args=("key", build)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.num_bytes == built.num_bytes
 
 
 def test_a_mask_is_known_by_identity_and_version():
