@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,7 +130,7 @@ def write_section(layouts: Mapping[LayerKey, Layout]) -> dict[str, Any]:
 
 
 def read_section(section: object) -> dict[LayerKey, Layout]:
-    """Layouts by layer from a section. Unknown keys warn; wrong values raise ValueError or TypeError."""
+    """Layouts by layer from a section. Unknown keys, newer versions and wrong values raise ValueError or TypeError."""
     if not isinstance(section, Mapping):
         raise TypeError(
             f"config.{SECTION} got {type(section).__name__}; it must be a dict with 'version' and 'layouts'; "
@@ -144,10 +143,9 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
         )
     unknown = sorted(map(str, set(section) - {"version", "layouts"}))
     if version > SECTION_VERSION or unknown:
-        warnings.warn(
+        raise ValueError(
             f"config.{SECTION} got version {version} with the unknown keys {unknown}; this release of hf-blocksparse reads version "
-            f"{SECTION_VERSION} and ignores them; upgrade hf-blocksparse if a newer release wrote this checkpoint.",
-            stacklevel=2,
+            f"{SECTION_VERSION} without them; upgrade hf-blocksparse if a newer release wrote this checkpoint."
         )
     layouts = section.get("layouts")
     if not isinstance(layouts, Mapping) or not layouts:

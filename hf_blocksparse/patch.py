@@ -198,6 +198,10 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: `model` has no block-sparse layers, or was patched as a part of a larger model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model got {type(model).__name__}; it must be a model that patch_model changed; pass that."
+        )
     if not undo_records(model):
         inside = any(state_of(module) for module in model.modules())
         raise ValueError(

@@ -838,6 +838,10 @@ def test_wrong_models_are_refused():
     ):
         patch_model(nn.Linear(2, 2), Dense())
     model = make_model("llama")
+    with pytest.raises(
+        TypeError, match="model got str; it must be a model that patch_model changed"
+    ):
+        unpatch_model("llama")
     with pytest.raises(ValueError, match="has no block-sparse layers; there is nothing to undo"):
         unpatch_model(model)
     patch_model(model, Dense())

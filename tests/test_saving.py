@@ -313,11 +313,10 @@ def test_wrong_sections_are_refused(section, error, message, tmp_path):
     ],
     ids=["newer version", "unknown key"],
 )
-def test_sections_of_newer_releases_warn(section, tmp_path):
+def test_sections_of_newer_releases_are_refused(section, tmp_path):
     save_with_section(tmp_path, section)
-    with pytest.warns(UserWarning, match="upgrade hf-blocksparse if a newer release wrote this"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert [state.layout for state in states(model)] == [SlidingWindow(3)] * 2
+    with pytest.raises(ValueError, match="upgrade hf-blocksparse if a newer release wrote this"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
