@@ -479,7 +479,10 @@ def test_autocast_does_not_round_the_scores():
     expected = block_sparse_attention(*inputs, SlidingWindow(50), return_lse=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = block_sparse_attention(*inputs, SlidingWindow(50), return_lse=True)
+        grads = torch.autograd.grad(ours[0].square().sum(), inputs)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    expected_grads = torch.autograd.grad(expected[0].square().sum(), inputs)
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
 
 
 def test_a_padding_mask_that_hides_nothing_changes_nothing():

@@ -229,48 +229,54 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out, grad_lse = grads
-        query, key, value, sinks, out, lse = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        heads = query.shape[1]
-        group = heads // key.shape[1]
-        dtype = lse.dtype
-        # d(loss)/d(score) = p * (d(loss)/d(p) - delta): the gradient of LSE enters as part of delta.
-        delta = (_accumulator(grad_out) * _accumulator(out)).sum(-1) - grad_lse
-        finite_lse = torch.where(torch.isinf(lse), 0, lse)
-        grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
-        grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-        for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
-            part = _StepTensors(step, group, problem, query.shape)
-            query_rows = _accumulator(part.rows_of(query))
-            key_columns = _accumulator(part.columns_of(key))
-            grad_rows = _accumulator(part.rows_of(grad_out))
-            scores, slope = part.scores(query_rows, key_columns)
-            weights = torch.exp(scores - part.rows_of(finite_lse)[..., None])
-            grad_weights = grad_rows @ _accumulator(part.columns_of(value)).transpose(-1, -2)
-            factor = part.dropout_factor(dtype)
-            dropped = weights
-            if factor is not None:
-                grad_weights = grad_weights * factor
-                dropped = weights * factor
-            part.add_columns(grad_value, dropped.transpose(-1, -2) @ grad_rows)
-            grad_scores = weights * (grad_weights - part.rows_of(delta)[..., None])
-            if slope is not None:
-                grad_scores = grad_scores * slope
-            part.add_rows(grad_query, grad_scores @ key_columns * problem.scale)
-            part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ (query_rows * problem.scale))
-        grad_sinks = None
-        if sinks is not None:
-            share = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(torch.isinf(lse), 0)
-            grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return (
-            grad_query.to(query.dtype),
-            grad_key.to(key.dtype),
-            grad_value.to(value.dtype),
-            grad_sinks,
-            None,
-        )
+        # Autograd runs this in the caller's autocast state, which would round the products.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and sinks, in differentiable operations; None for the problem."""
+    query, key, value, sinks, out, lse = ctx.saved_tensors
+    problem: Problem = ctx.problem
+    heads = query.shape[1]
+    group = heads // key.shape[1]
+    dtype = lse.dtype
+    # d(loss)/d(score) = p * (d(loss)/d(p) - delta): the gradient of LSE enters as part of delta.
+    delta = (_accumulator(grad_out) * _accumulator(out)).sum(-1) - grad_lse
+    finite_lse = torch.where(torch.isinf(lse), 0, lse)
+    grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
+        part = _StepTensors(step, group, problem, query.shape)
+        query_rows = _accumulator(part.rows_of(query))
+        key_columns = _accumulator(part.columns_of(key))
+        grad_rows = _accumulator(part.rows_of(grad_out))
+        scores, slope = part.scores(query_rows, key_columns)
+        weights = torch.exp(scores - part.rows_of(finite_lse)[..., None])
+        grad_weights = grad_rows @ _accumulator(part.columns_of(value)).transpose(-1, -2)
+        factor = part.dropout_factor(dtype)
+        dropped = weights
+        if factor is not None:
+            grad_weights = grad_weights * factor
+            dropped = weights * factor
+        part.add_columns(grad_value, dropped.transpose(-1, -2) @ grad_rows)
+        grad_scores = weights * (grad_weights - part.rows_of(delta)[..., None])
+        if slope is not None:
+            grad_scores = grad_scores * slope
+        part.add_rows(grad_query, grad_scores @ key_columns * problem.scale)
+        part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ (query_rows * problem.scale))
+    grad_sinks = None
+    if sinks is not None:
+        share = torch.exp(sinks.to(dtype)[:, None] - lse).masked_fill(torch.isinf(lse), 0)
+        grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    return (
+        grad_query.to(query.dtype),
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        grad_sinks,
+        None,
+    )
 
 
 def attention(
