@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import dense_attention
 from torch import Tensor
 
 from hf_blocksparse import (
@@ -44,26 +45,6 @@ def make_inputs(query_len=100, kv_len=None, head_dim=24, value_dim=16, dtype=tor
     return tuple(
         torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True) for shape in shapes
     )
-
-
-def dense_attention(query, key, value, mask, *, scale=None, softcap=None, sinks=None, factor=None):
-    """Plain attention with an explicit mask `[batch, heads, query_len, kv_len]`."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], -1)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
-    if sinks is not None:
-        weights = weights[..., :-1]
-    if factor is not None:
-        weights = weights * factor
-    return weights @ value, lse
 
 
 def assert_same(inputs, ours, expected):
