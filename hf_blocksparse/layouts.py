@@ -373,8 +373,6 @@ class _TableLayout(Layout):
                 "convert it, for example `tensor > threshold`."
             )
         kept = kept if kept.dim() == 3 else kept[None]
-        if kept.shape[0] > 1 and bool((kept == kept[:1]).all()):
-            kept = kept[:1]
         bits = torch.nn.functional.pad(kept.flatten().to(torch.uint8), (0, -kept.numel() % 8))
         packed = (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
         shape = (kept.shape[0], kept.shape[1], kept.shape[2])
@@ -385,7 +383,9 @@ class _TableLayout(Layout):
         return self.shape[0] if self.shape[0] > 1 else None
 
     def rule(self, context: RuleContext) -> Rule:
-        return Table(self.table(context.device), self.grain)
+        table = self.table(context.device)
+        # Heads that keep the same share one list, which is walked for all of them at once.
+        return Table(table[:1] if bool((table == table[:1]).all()) else table, self.grain)
 
     def check(self, num_heads: int, query_end: int, key_end: int) -> None:
         heads, rows, cols = self.shape

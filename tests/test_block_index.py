@@ -297,3 +297,10 @@ def test_lists_per_sequence_where_the_layout_depends_on_the_length():
 def test_repr_tells_size():
     text = repr(build(SlidingWindow(100), 1024))
     assert text.startswith("BlockIndex(tile=128x128, lists=1, grid=8x8, tiles=15 (15 partial)")
+
+
+def test_equal_heads_of_a_tensor_share_a_list():
+    blocks = torch.tril(torch.ones(4, 4)).expand(3, 4, 4)
+    layout = TensorLayout.from_tensor(blocks, 128)
+    assert layout.fixed_heads == 3
+    assert build(layout, 512, num_heads=3).num_lists == 1
