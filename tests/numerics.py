@@ -119,7 +119,7 @@ def dense_attention(
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options) -> tuple:
     """torch's own attention in the inputs' dtype: SDPA, or its formula written out for what SDPA does not offer."""
     options = {name: option for name, option in options.items() if option is not None}
-    # Fused kernels take the maximum before they scale, so SDPA's own results need a positive scale.
+    # SDPA is not asked for scales that are not positive; whether its fused kernels get those right has not been checked.
     if options.keys() - {"scale"} or options.get("scale", 1) <= 0:
         return dense_attention(query, key, value, mask, **options)
     # As users call it, so that it picks the kernel they get: no mask where nothing is hidden, keys repeated for GQA.

@@ -4,8 +4,8 @@ Chosen by architecture, direction, head size, element size and the layout's grai
 tile efficiency at one; larger blocks and token-exact layouts get the tiles that keep the tensor cores busiest. Blocks
 below 64 get tiles of 64, whose unions run faster than small tiles would, but for the sparsest random layouts.
 
-Measured on an NVIDIA H200 with Triton 3.6 for sm_90, head sizes 64 and 128; the other rows fit shared memory and are not
-measured yet.
+The rows for sm_90 and head sizes 64 and 128 were picked from trials on an NVIDIA H200 with Triton 3.6, of which no record is
+kept: run scripts/benchmark.py to judge them. The other rows fit shared memory and are not measured yet.
 """
 
 from dataclasses import dataclass
