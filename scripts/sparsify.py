@@ -98,6 +98,7 @@ class Preset:
     windows: int
     steps: int
     windows_per_step: int
+    windows_per_forward: int
     dtype: str
     tune: tuple[str, ...]
     model_costs: tuple[str, ...]
@@ -117,6 +118,7 @@ PRESETS = {
         windows=2,
         steps=3,
         windows_per_step=1,
+        windows_per_forward=1,
         dtype="float32",
         tune=("layout",),
         model_costs=("sdpa", "layout"),
@@ -134,6 +136,7 @@ PRESETS = {
         windows=16,
         steps=60,
         windows_per_step=4,
+        windows_per_forward=4,
         dtype="bfloat16",
         tune=("layout", "window", "dense"),
         model_costs=("eager", "sdpa", "layout"),
@@ -169,6 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bucket-tokens", type=int, help="score the text before, too, in buckets of this size")
     add("--steps", type=int, help="fine-tuning steps")
     add("--windows-per-step", type=int)
+    add("--windows-per-forward", type=int, help="of a step at a time; fewer need less memory")
     add("--learning-rate", type=float, default=2e-4, help="of the first step; falls to 0 linearly")
     add("--tune", nargs="*", choices=("layout", "window", "dense"), help="what is fine-tuned")
     add("--model-costs", nargs="*", choices=("eager", "sdpa", "layout", "window"))
@@ -198,8 +202,8 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
             f"tune got {list(arguments.tune)}; the layout must be among them, as that model is "
             "saved; add layout."
         )
-    counts = ("windows", "steps", "windows_per_step", "repetitions", "attention_repetitions")
-    for field in (*counts, "probe_passages", "bucket_tokens"):
+    counts = ("windows", "steps", "windows_per_step", "windows_per_forward", "probe_passages")
+    for field in (*counts, "repetitions", "attention_repetitions", "bucket_tokens"):
         number = getattr(arguments, field)
         if number is not None and number < 1:
             raise ValueError(f"{field} got {number}; it must be 1 or more; raise it.")
@@ -361,6 +365,7 @@ def fine_tune(
     *,
     label: str,
     windows_per_step: int,
+    windows_per_forward: int,
     learning_rate: float,
     seed: int,
     dtype: torch.dtype,
@@ -379,12 +384,12 @@ def fine_tune(
         for step in steps:
             start = time.perf_counter()
             loss_sum = 0.0
-            for window in step:
+            for part in step.split(windows_per_forward):
                 with autocast(device, dtype):
-                    loss = next_token_losses(model, window[None].to(device)).mean()
+                    loss = next_token_losses(model, part.to(device)).mean() * len(part)
                 (loss / len(step)).backward()
                 loss_sum += loss.item()
-                bar.update(window.numel())
+                bar.update(part.numel())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -586,6 +591,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         training.tokens,
                         label=labels[setting],
                         windows_per_step=arguments.windows_per_step,
+                        windows_per_forward=arguments.windows_per_forward,
                         learning_rate=arguments.learning_rate,
                         seed=arguments.seed,
                         dtype=dtype,

@@ -131,6 +131,27 @@ def test_fine_tuning_lowers_the_loss_of_dense_and_sparse(record_path):
     assert nll["sink window, fine-tuned"] < nll["sink window"]
 
 
+def test_training_does_not_depend_on_how_many_windows_go_forward_at_once(model_folder):
+    windows = torch.randint(256, (4, 48), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for at_once in (1, 2, 3, 4):
+        model = pretrained.load_model(str(model_folder), torch.device("cpu"))
+        training = sparsify.fine_tune(
+            model,
+            windows.repeat(2, 1),
+            label="test",
+            windows_per_step=4,
+            windows_per_forward=at_once,
+            learning_rate=1e-2,
+            seed=0,
+            dtype=torch.float32,
+        )
+        losses.append(training.losses_nats)
+    assert losses[0][1] < losses[0][0]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_held_out_and_training_text_are_disjoint(record_path):
     text = from_plain(SparsifyResults, read_record(record_path).results).text
     assert len(set(text.held_out_documents)) == 2
