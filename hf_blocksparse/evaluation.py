@@ -5,6 +5,8 @@ of plain numbers. Logits never exist for more than `chunk_tokens` positions at o
 fit; `next_token_losses` is the same loss for training.
 """
 
+from __future__ import annotations
+
 import math
 import resource
 import statistics
@@ -16,14 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
