@@ -419,8 +419,11 @@ def block_sparse_attention(
         dropout_p=dropout_p,
         dropout_seed=seed,
     )
-    # Autocast would round the scores to its dtype; accumulation is in float32.
-    with torch.autocast(query.device.type, enabled=False):
+    if torch.is_autocast_enabled(query.device.type):
+        # It would round the scores to its dtype; accumulation is in float32.
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = chosen.attention(query, key, value, sinks, problem)
+    else:
         out, lse = chosen.attention(query, key, value, sinks, problem)
     return (out, lse) if return_lse else out
 

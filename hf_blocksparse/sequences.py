@@ -54,13 +54,13 @@ class Sequences:
         """The same for key tiles, early tiles first."""
         return self._cached_items(False, tile)
 
-    @torch.inference_mode(False)
     def _cached_items(self, of_queries: bool, tile: int) -> Tensor:
-        key = (of_queries, tile)
-        if key not in self._items:
-            self._items[key] = self._make_items(of_queries, tile)
-        return self._items[key]
+        items = self._items.get((of_queries, tile))
+        if items is None:
+            items = self._items[of_queries, tile] = self._make_items(of_queries, tile)
+        return items
 
+    @torch.inference_mode(False)  # the items outlive the call
     def _make_items(self, of_queries: bool, tile: int) -> Tensor:
         table = self.table.long()
         length, position = table[:, [Q_LEN, Q_POS] if of_queries else [KV_LEN, KV_POS]].unbind(1)

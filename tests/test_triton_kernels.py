@@ -27,6 +27,7 @@ from hf_blocksparse import (
 )
 from hf_blocksparse.ops import triton as triton_ops
 from hf_blocksparse.ops.philox import dropout_keep
+from hf_blocksparse.ops.triton import launch
 from hf_blocksparse.ops.triton.tile_sizes import TileSizes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -279,7 +280,7 @@ def test_matches_dense_attention_at_4096_tokens(layout, is_causal, dtype):
 def test_results_do_not_depend_on_tile_sizes(tiles, device, monkeypatch):
     """Tiles of any shape, also other ones than the layout's blocks, and documents that start in the middle of one."""
     sizes = TileSizes(*tiles, num_warps=4, num_stages=1)
-    monkeypatch.setattr(triton_ops, "tile_sizes", lambda *_: sizes)
+    monkeypatch.setattr(launch, "tile_sizes", lambda *_: sizes)
     for name in ("documents", "bigbird of small blocks"):
         check(SCENARIOS[name], device)
 
@@ -291,7 +292,7 @@ def test_tensors_that_descriptors_cannot_read(device):
     expected = block_sparse_attention(query, key, value, WINDOW, impl="triton")
     odd = torch.zeros(2 * 70 * 17 + 1, device=device)[1:].view(1, 2, 70, 17)[..., :16]
     shifted = odd.copy_(key)
-    assert triton_ops._descriptor(shifted, 64) is None
+    assert launch._descriptor(shifted, 64) is None
     transposed = value.transpose(-1, -2).contiguous().transpose(-1, -2)
     ours = block_sparse_attention(query, shifted, transposed, WINDOW, impl="triton")
     assert torch.equal(ours, expected)
@@ -353,12 +354,12 @@ def test_the_forward_saves_nothing_that_grows_with_the_tiles(device):
 def test_products_of_float32_are_ieee_unless_torch_allows_tf32():
     query = torch.zeros(1, 1, 8, 16)
     sizes = TileSizes(16, 16, num_warps=4, num_stages=1)
-    assert triton_ops._constants(query, query, sizes)["INPUT_PRECISION"] == "ieee"
+    assert launch._constants(query, query, sizes)["INPUT_PRECISION"] == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert triton_ops._constants(query, query, sizes)["INPUT_PRECISION"] == "tf32"
+        assert launch._constants(query, query, sizes)["INPUT_PRECISION"] == "tf32"
         half = query.half()
-        assert triton_ops._constants(half, half, sizes)["INPUT_PRECISION"] == "ieee"
+        assert launch._constants(half, half, sizes)["INPUT_PRECISION"] == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -366,7 +367,7 @@ def test_products_of_float32_are_ieee_unless_torch_allows_tf32():
 def test_every_reason_is_given_at_once(monkeypatch):
     query = torch.zeros(1, 1, 8, 20, dtype=torch.float64)
     value = torch.zeros(1, 1, 8, 264, dtype=torch.float64)
-    monkeypatch.setattr(triton_ops, "_interprets", lambda: False)
+    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
     with pytest.raises(NotImplementedError, match="use impl='torch'") as raised:
         block_sparse_attention(query, query, value, Dense(), impl="triton")
     message = str(raised.value)
@@ -381,13 +382,13 @@ def test_every_reason_is_given_at_once(monkeypatch):
 
 def test_the_interpreter_refuses_bfloat16(monkeypatch):
     query = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16)
-    monkeypatch.setattr(triton_ops, "_interprets", lambda: True)
+    monkeypatch.setattr(launch, "IS_INTERPRETED", True)
     with pytest.raises(NotImplementedError, match="bfloat16, whose products Triton's interpreter"):
         block_sparse_attention(query, query, query, Dense(), impl="triton")
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
     query = torch.zeros(1, 1, 8, 16)
-    monkeypatch.setattr(triton_ops, "_triton_version", lambda: None)
+    monkeypatch.setattr(triton_ops, "_has_triton", lambda: False)
     with pytest.raises(NotImplementedError, match=r"triton is not installed \(needs >= 3.6\)"):
         block_sparse_attention(query, query, query, Dense(), impl="triton")

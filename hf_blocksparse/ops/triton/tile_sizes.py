@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import torch
+
 Direction = Literal["forward", "grad_query", "grad_key_value"]
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -26,6 +28,17 @@ class TileSizes:
     tile_kv: int
     num_warps: int
     num_stages: int
+
+
+@cache
+def backend_of(device: torch.device) -> tuple[str, int]:
+    """The backend and capability under which the tables know a device."""
+    if device.type == "cpu":
+        return "cpu", 0
+    if torch.version.hip is not None:
+        return "hip", 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda", 10 * major + minor
 
 
 def family_of(backend: str, capability: int) -> str:

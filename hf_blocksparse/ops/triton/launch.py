@@ -1,0 +1,376 @@
+"""Host side of the kernels: which arguments they get, and a launch that costs the CPU little.
+
+Imports Triton, so it is itself imported at the first call only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hf_blocksparse.block_index import BlockIndex
+from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.triton.backward import (
+    grad_key_value_kernel,
+    grad_query_kernel,
+    row_terms_kernel,
+)
+from hf_blocksparse.ops.triton.forward import forward_kernel
+from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
+from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
+
+IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
+"""Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly."""
+
+LOG2_E = 1.4426950408889634
+ROW_TERMS_TILE = 64
+REMEMBERED_VARIANTS = 4096
+
+_NO_ROWS = StridedRows(None, (0, 0, 0))
+_compiled: dict[tuple[Any, ...], Any] = {}
+_lists_of: WeakKeyDictionary[BlockIndex, tuple[TileLists, TileLists]] = WeakKeyDictionary()
+
+
+def launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    problem: Problem,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, without gradients; `scale` is positive."""
+    batch, heads, query_len, _ = query.shape
+    sizes = _sizes(query, value, problem, "forward")
+    index = problem.index_for(sizes.tile_q, sizes.tile_kv)
+    items = problem.sequences.q_items(sizes.tile_q)
+    out = _empty_rows_like(query, value.shape[-1])
+    lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+    if not problem.sequences.covers_queries:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    score_scale, softcap_scale = _score_scales(scale, problem.softcap)
+    with _current_device(query.device):
+        _launch(
+            forward_kernel,
+            (items.shape[0], heads, 1),
+            (
+                _rows(query),
+                _rows(key),
+                _rows(value),
+                _descriptor(key, sizes.tile_kv),
+                _descriptor(value, sizes.tile_kv),
+                sinks,
+                _rows(out),
+                _rows(lse),
+                items,
+                problem.sequences.table,
+                tile_lists(index)[0],
+                score_scale,
+                softcap_scale,
+                _dropout(problem),
+                heads // key.shape[1],
+            ),
+            _constants(query, value, sizes),
+            sizes,
+        )
+    return out, lse
+
+
+def launch_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    scale: float,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value and sinks; None where `needed` (one flag each) says so."""
+    batch, heads, query_len, _ = query.shape
+    kv_heads = key.shape[1]
+    sequences = problem.sequences
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    log2_sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
+    score_scale, softcap_scale = _score_scales(scale, problem.softcap)
+    dropout = _dropout(problem)
+    query_rows, key_rows, value_rows, grad_out_rows = map(_rows, (query, key, value, grad_out))
+    log2_sum_rows, delta_rows = _rows(log2_sums), _rows(deltas)
+    grad_query = grad_key = grad_value = grad_sinks = None
+    with _current_device(query.device):
+        _launch(
+            row_terms_kernel,
+            (-(-query_len // ROW_TERMS_TILE), heads, batch),
+            (
+                _rows(out),
+                grad_out_rows,
+                _rows(lse),
+                _NO_ROWS if grad_lse is None else _rows(grad_lse),
+                log2_sum_rows,
+                delta_rows,
+                query_len,
+            ),
+            dict(
+                VALUE_DIM=value.shape[-1],
+                VALUE_DIM_PADDED=_padded(value.shape[-1]),
+                TILE=ROW_TERMS_TILE,
+            ),
+            None,
+        )
+        if needed[0]:
+            sizes = _sizes(query, value, problem, "grad_query")
+            items = sequences.q_items(sizes.tile_q)
+            grad_query = _empty_rows_like(query, query.shape[-1])
+            if not sequences.covers_queries:
+                grad_query.zero_()
+            _launch(
+                grad_query_kernel,
+                (items.shape[0], heads, 1),
+                (
+                    query_rows,
+                    key_rows,
+                    value_rows,
+                    grad_out_rows,
+                    log2_sum_rows,
+                    delta_rows,
+                    _descriptor(key, sizes.tile_kv),
+                    _descriptor(value, sizes.tile_kv),
+                    _rows(grad_query),
+                    items,
+                    sequences.table,
+                    tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
+                    scale,
+                    score_scale,
+                    softcap_scale,
+                    dropout,
+                    heads // kv_heads,
+                ),
+                _constants(query, value, sizes),
+                sizes,
+            )
+        if needed[1] or needed[2]:
+            sizes = _sizes(query, value, problem, "grad_key_value")
+            items = sequences.kv_items(sizes.tile_kv)
+            grad_key = _empty_rows_like(key, key.shape[-1])
+            grad_value = _empty_rows_like(value, value.shape[-1])
+            if not sequences.covers_keys:
+                grad_key.zero_()
+                grad_value.zero_()
+            _launch(
+                grad_key_value_kernel,
+                (items.shape[0], kv_heads, 1),
+                (
+                    query_rows,
+                    key_rows,
+                    value_rows,
+                    grad_out_rows,
+                    log2_sum_rows,
+                    delta_rows,
+                    _descriptor(query, sizes.tile_q),
+                    _descriptor(grad_out, sizes.tile_q),
+                    _rows(grad_key),
+                    _rows(grad_value),
+                    items,
+                    sequences.table,
+                    tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[1],
+                    scale,
+                    score_scale,
+                    softcap_scale,
+                    dropout,
+                    heads // kv_heads,
+                ),
+                _constants(query, value, sizes),
+                sizes,
+            )
+    if sinks is not None and needed[3]:
+        # p of the sink itself is exp(sink - lse), and its value is 0. Rows of no sequence have +inf here.
+        sink_share = torch.exp2(sinks.detach().float()[:, None] * LOG2_E - log2_sums)
+        grad_sinks = -(sink_share * deltas).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+    return grad_query, grad_key, grad_value, grad_sinks
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    sizes: TileSizes | None,
+) -> None:
+    """Run a kernel; `constants` are its last parameters, in their order.
+
+    Triton finds the compiled variant by asking each of some sixty values whether it is 1 or a multiple of 16, which takes longer than
+    a short attention. The answers follow from the strides and alignments in `_kind_of`, so the variant is looked up by those and
+    started as a compiled kernel.
+    """
+    if IS_INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    device = torch.cuda.current_device()
+    kinds = map(_kind_of, arguments)
+    variant = (kernel.__name__, device, *kinds, *constants.values(), sizes)
+    compiled = _compiled.get(variant)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants.values())
+        return
+    options = {} if sizes is None else dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+    # Whether products may be fused is said because Triton's default changes between releases.
+    compiled = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
+    if len(_compiled) >= REMEMBERED_VARIANTS:
+        _compiled.clear()
+    _compiled[variant] = compiled.result() if hasattr(compiled, "result") else compiled
+
+
+def _kind_of(argument: Any) -> Any:
+    """What Triton may compile into a kernel of an argument's value."""
+    kind = type(argument)
+    if kind is StridedRows:
+        tensor, strides = argument
+        return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16, strides)
+    if kind is TileLists:
+        return argument.sequence_stride, argument.head_stride, argument.num_tiles
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if kind is Dropout:
+        return argument.threshold
+    if kind is TensorDescriptor or kind is float:
+        return kind
+    return argument
+
+
+def _current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels start on the current device."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction) -> TileSizes:
+    return tile_sizes(
+        *backend_of(query.device),
+        direction,
+        query.shape[-1],
+        value.shape[-1],
+        query.element_size(),
+        problem.block_size,
+    )
+
+
+def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]:
+    precision = "ieee"
+    # The property answers for torch's old and new ways of allowing TF32 alike.
+    if query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        precision = "tf32"
+    return dict(
+        HEAD_DIM=query.shape[-1],
+        HEAD_DIM_PADDED=_padded(query.shape[-1]),
+        VALUE_DIM=value.shape[-1],
+        VALUE_DIM_PADDED=_padded(value.shape[-1]),
+        TILE_Q=sizes.tile_q,
+        TILE_KV=sizes.tile_kv,
+        INPUT_PRECISION=precision,
+    )
+
+
+def _score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Factors after and before the tanh, in units of log2."""
+    if softcap is None:
+        return scale * LOG2_E, None
+    return softcap * LOG2_E, scale / softcap
+
+
+def _dropout(problem: Problem) -> Dropout | None:
+    if not problem.dropout_p:
+        return None
+    threshold = round(problem.dropout_p * 2**32)
+    signed = threshold - 2**32 if threshold >= 2**31 else threshold
+    return Dropout(problem.dropout_seed, signed, 1.0 / (1.0 - problem.dropout_p))
+
+
+def _empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
+    """Uninitialised, of `tensor`'s shape but for the last axis, and with heads inside or outside rows as there."""
+    batch, heads, rows, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty(batch, rows, heads, last_size).transpose(1, 2)
+    return tensor.new_empty(batch, heads, rows, last_size)
+
+
+def _rows(tensor: Tensor) -> StridedRows:
+    """A tensor as a kernel argument."""
+    return StridedRows(tensor, tensor.stride()[:3])
+
+
+def _descriptor(tensor: Tensor, tile: int) -> TensorDescriptor | None:
+    """A tensor descriptor of blocks of `tile` rows of one head, None where hardware or alignment forbid it."""
+    strides = _descriptor_strides(
+        *backend_of(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    )
+    if strides is None or tensor.data_ptr() % 16:
+        return None
+    block = [1, 1, tile, _padded(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), list(strides), block)
+
+
+@lru_cache(maxsize=1024)
+def _descriptor_strides(
+    backend: str, capability: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> tuple[int, ...] | None:
+    if backend == "hip" or (backend == "cuda" and capability < 90):
+        return None
+    granule = 16 // itemsize
+    # The stride of an axis of one element is never used, and may be anything.
+    used = [
+        stride if size > 1 else granule
+        for size, stride in zip(shape[:-1], strides[:-1], strict=True)
+    ]
+    if any(stride % granule or stride <= 0 for stride in used):
+        return None
+    return *used, 1
+
+
+def tile_lists(index: BlockIndex) -> tuple[TileLists, TileLists]:
+    """The lists of the query tiles and those of the key tiles, as kernel arguments."""
+    known = _lists_of.get(index)
+    if known is None:
+        sequence_stride, head_stride = (
+            0 if size == 1 else stride
+            for size, stride in zip(index.list_of.shape, index.list_of.stride(), strict=True)
+        )
+
+        def lists(
+            offsets: Tensor, num_full: Tensor, indices: Tensor, mask_ids: Tensor
+        ) -> TileLists:
+            return TileLists(
+                list_of=index.list_of,
+                sequence_stride=sequence_stride,
+                head_stride=head_stride,
+                offsets=offsets,
+                num_full=num_full,
+                indices=indices,
+                mask_ids=mask_ids,
+                bank=index.bank,
+                num_tiles=num_full.shape[1],
+            )
+
+        known = _lists_of[index] = (
+            lists(index.kv_offsets, index.kv_num_full, index.kv_indices, index.kv_mask_ids),
+            lists(index.q_offsets, index.q_num_full, index.q_indices, index.q_mask_ids),
+        )
+    return known
