@@ -1,0 +1,152 @@
+"""Compiles the kernels for Hopper, with or without such a GPU.
+
+    python tests/compile_hopper_kernels.py
+
+prints one JSON line per variant: the shared memory of one program, what ptxas says of products that it puts one after the other, bytes
+of spilled registers, and how many loads and stores of them stand in the loops of full tiles.
+A program of its own because it replaces Triton's driver.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import MockTensor
+
+from hf_blocksparse.ops import hopper
+from hf_blocksparse.ops.hopper.forward import forward_kernel
+
+CAPABILITY = 90
+PARTS_OF_TWO_PRODUCTS = 12  # instructions, at head size 64
+VARIANTS = (
+    (64, torch.bfloat16),
+    (96, torch.float16),
+    (128, torch.bfloat16),
+    (128, torch.float16),
+)
+
+
+class Driver:
+    """As much of a driver as compiling takes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+def pointer(dtype: torch.dtype) -> MockTensor:
+    return MockTensor(dtype, [1 << 20])
+
+
+def descriptor(rows: int, head_dim: int, dtype: torch.dtype) -> TensorDescriptor:
+    shape = [2, 4, 1000, head_dim]
+    columns = 64 if head_dim <= 64 else 128
+    strides = [4 * 1000 * head_dim, head_dim, 4 * head_dim, 1]
+    layout = hopper._layout(rows, columns, dtype)
+    return TensorDescriptor(MockTensor(dtype, shape), shape, strides, [1, 1, rows, columns], layout)
+
+
+def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
+    int_pointer = pointer(torch.int32)
+    return forward_kernel.warmup(
+        descriptor(hopper.TILE // 2, head_dim, dtype),
+        descriptor(hopper.TILE, head_dim, dtype),
+        descriptor(hopper.TILE, head_dim, dtype),
+        descriptor(hopper.TILE // 2, head_dim, dtype),
+        pointer(dtype),
+        4 * 1000 * head_dim,
+        head_dim,
+        4 * head_dim,
+        pointer(torch.float32),
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        0.1,
+        4,
+        2,
+        1000,
+        1000,
+        grid=(1,),
+        **hopper.forward_constants(head_dim),
+    )
+
+
+def ptxas_report(ptx: str) -> tuple[list[str], int]:
+    """Its warnings that products do not run side by side, and the bytes of registers it spills."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(CAPABILITY).path, "-v", "--gpu-name=sm_90a", file.name]
+        done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
+    done.check_returncode()
+    report = done.stdout + done.stderr
+    serialized = [line for line in report.splitlines() if "C7512" in line or "C7514" in line]
+    return serialized, sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+
+
+def spills_in_full_loops(sass: str) -> list[int]:
+    """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x?_?\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(code):
+        branch = re.search(r"BRA.*`\((\.L_x?_?\w+)\)", instruction)
+        body = code[labels.get(branch[1], end) : end] if branch else []
+        if sum("HGMMA" in line for line in body) >= PARTS_OF_TWO_PRODUCTS:
+            loops.append(body)
+    loops.sort(key=len)
+    return [sum("LDL" in line or "STL" in line for line in body) for body in loops[:2]]
+
+
+def disassemble(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    for head_dim, dtype in VARIANTS:
+        compiled = compile_forward(head_dim, dtype)
+        serialized, spilled = ptxas_report(compiled.asm["ptx"])
+        record = {
+            "kernel": "forward",
+            "head_dim": head_dim,
+            "dtype": str(dtype),
+            "shared": compiled.metadata.shared,
+            "serialized": serialized,
+            "spilled_bytes": spilled,
+            "spills_in_full_loops": spills_in_full_loops(disassemble(compiled.asm["cubin"])),
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""The kernels for Hopper against dense attention in float64, on such a GPU (`-m gpu`), and their work lists anywhere.
+
+One case: `pytest -m gpu tests/test_hopper_kernels.py -k "documents"`. There is no interpreter for Gluon: what the kernel does with a work
+list is checked on a GPU alone.
+"""
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from numerics import Results, assert_close_to_reference, dense_attention, make_qkv, torch_attention
+
+from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingWindow, TensorLayout
+from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse.ops import hopper
+from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.sequences import Sequences
+
+HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="its kernels are interpreted, where there is no GPU"
+)
+
+
+def on_hopper(test):
+    """Marks a test of kernels that run on such a GPU alone."""
+    test = pytest.mark.usefixtures("poisoned_memory")(test)
+    test = pytest.mark.skipif(not HAS_HOPPER, reason="needs compute capability 9.0")(test)
+    return pytest.mark.gpu(test)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `table`: rows of `Sequences.table`, where the sequences are not whole batch rows."""
+
+    layout: Layout
+    query_len: int = 1000
+    kv_len: int | None = None
+    is_causal: bool = True
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    scale: float | None = None
+    rows_outside_heads: bool = True
+    table: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.kv_len or self.query_len
+
+    def sequences(self, device: str) -> Sequences:
+        if self.table is None:
+            start = self.keys - self.query_len
+            return Sequences.uniform(
+                self.batch, self.query_len, self.keys, start, torch.device(device)
+            )
+        return Sequences(
+            torch.tensor(self.table, dtype=torch.int32, device=device),
+            batch=self.batch,
+            query_len=self.query_len,
+            kv_len=self.keys,
+            query_end=max(row[3] + row[2] for row in self.table),
+            key_end=max(row[6] + row[5] for row in self.table),
+            covers_queries=False,
+            covers_keys=False,
+        )
+
+    def index(self, sequences: Sequences) -> BlockIndex:
+        return get_index(
+            self.layout,
+            sequences,
+            is_causal=self.is_causal,
+            attn_mask=None,
+            num_heads=self.heads,
+            tile_q=hopper.TILE,
+            tile_kv=hopper.TILE,
+            device=sequences.table.device,
+        )
+
+    def mask(self) -> torch.Tensor:
+        """Every coefficient that is kept, bool [batch, heads, query_len, kv_len]."""
+        mask = torch.zeros(self.batch, self.heads, self.query_len, self.keys, dtype=torch.bool)
+        for batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos in self.sequences(
+            "cpu"
+        ).table.tolist():
+            length = max(q_pos + q_len, kv_pos + kv_len)
+            part = self.layout.to_mask(length, is_causal=self.is_causal, num_heads=self.heads)
+            part = part.expand(self.heads, length, length)
+            mask[batch, :, q_row : q_row + q_len, kv_row : kv_row + kv_len] = part[
+                :, q_pos : q_pos + q_len, kv_pos : kv_pos + kv_len
+            ]
+        return mask
+
+
+def random_blocks(heads: int, length: int, block: int, density: float, seed: int) -> TensorLayout:
+    blocks = -(-length // block)
+    generator = torch.Generator().manual_seed(seed)
+    return TensorLayout.from_tensor(
+        torch.rand(heads, blocks, blocks, generator=generator) < density, block
+    )
+
+
+DOCUMENTS = tuple(
+    (0, start, length, 0, start, length, 0)
+    for start, length in ((0, 3), (3, 300), (303, 1), (304, 256), (570, 128), (700, 290))
+)
+RANDOM = random_blocks(4, 1000, 128, 0.4, 0)
+CASES = {
+    "one token": Case(Dense(), 1),
+    "63 tokens": Case(Dense(), 63),
+    "128 tokens, one head": Case(Dense(), 128, heads=1, kv_heads=1),
+    "full": Case(Dense(), is_causal=False),
+    "full, one batch row after the other": Case(Dense(), 512, is_causal=False, batch=3),
+    "causal": Case(Dense()),
+    "causal, 4096 tokens": Case(Dense(), 4096),
+    "window": Case(SlidingWindow(200)),
+    "window of whole tiles": Case(SlidingWindow(256), 1024, is_causal=False),
+    "sink and window": Case(SinkWindow(4, 300), batch=2),
+    "bigbird": Case(BigBird(64), 2048),
+    "bigbird, both directions": Case(BigBird(128), 2000, is_causal=False),
+    "random blocks of 128": Case(RANDOM, is_causal=False),
+    "random blocks of 128, causal": Case(RANDOM),
+    "random blocks of 64": Case(random_blocks(4, 1000, 64, 0.2, 1), is_causal=False),
+    "random blocks of 32": Case(random_blocks(4, 1000, 32, 0.1, 2), is_causal=False),
+    "random blocks of 16, rows without keys": Case(
+        random_blocks(4, 1000, 16, 0.01, 3), is_causal=False
+    ),
+    "no key at all": Case(random_blocks(4, 300, 64, 0.0, 4), 300, is_causal=False),
+    "another layout per head": Case(
+        PerHead((Dense(), SlidingWindow(100), SinkWindow(8, 64), BigBird(64)))
+    ),
+    "queries at the end": Case(SlidingWindow(500), 200, 1000),
+    "one query": Case(Dense(), 1, 900, batch=2, heads=8, kv_heads=1),
+    "more queries than keys": Case(
+        Dense(), 500, 200, is_causal=False, table=((0, 0, 500, 0, 0, 200, 0),)
+    ),
+    "head size 64": Case(BigBird(64), head_dim=64),
+    "head size 96": Case(SinkWindow(4, 300), head_dim=96),
+    "head size 40": Case(SlidingWindow(200), 300, head_dim=40),
+    "heads outside rows": Case(SlidingWindow(200), batch=2, rows_outside_heads=False),
+    "scale": Case(SlidingWindow(200), 300, scale=2.0),
+    "documents": Case(Dense(), table=DOCUMENTS),
+    "documents, both directions": Case(Dense(), is_causal=False, table=DOCUMENTS, head_dim=64),
+    "documents of a window": Case(SlidingWindow(150), table=DOCUMENTS, head_dim=96),
+    "padding": Case(
+        Dense(),
+        700,
+        batch=4,
+        table=(
+            (0, 150, 550, 0, 150, 550, 0),
+            (1, 0, 333, 0, 0, 333, 0),
+            (2, 0, 0, 0, 0, 0, 0),
+            (3, 256, 128, 0, 256, 128, 0),
+        ),
+    ),
+    "tiles that start before the sequence": Case(
+        SinkWindow(130, 200),
+        500,
+        batch=2,
+        table=((0, 20, 400, 200, 60, 440, 160), (1, 100, 300, 77, 3, 370, 10)),
+    ),
+    "a cache that dropped old keys": Case(
+        SlidingWindow(300), 130, 430, table=((0, 0, 130, 1000, 0, 430, 700),)
+    ),
+}
+WALKED = (
+    "one token",
+    "full",
+    "sink and window",
+    "random blocks of 16, rows without keys",
+    "another layout per head",
+    "one query",
+    "documents",
+    "padding",
+    "tiles that start before the sequence",
+    "a cache that dropped old keys",
+)
+
+
+def problem_of(case: Case, device: str) -> Problem:
+    sequences = case.sequences(device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    return Problem(lambda *_: case.index(sequences), sequences, case.layout.grain, scale)
+
+
+def check(case: Case) -> None:
+    """Rows that belong to no sequence hold NaN, which must not show anywhere."""
+    query, key, value = make_qkv(
+        case.batch,
+        case.heads,
+        case.kv_heads,
+        case.query_len,
+        case.keys,
+        case.head_dim,
+        case.head_dim,
+        dtype=case.dtype,
+        device="cuda",
+        rows_outside_heads=case.rows_outside_heads,
+    )
+    mask = case.mask().cuda()
+    options = dict(scale=case.scale)
+    exact = dense_attention(query.double(), key.double(), value.double(), mask, **options)
+    other = torch_attention(query, key, value, mask, **options)
+    no_query = torch.ones(case.batch, 1, case.query_len, 1, dtype=torch.bool, device="cuda")
+    no_key = torch.ones(case.batch, 1, case.keys, 1, dtype=torch.bool, device="cuda")
+    problem = problem_of(case, "cuda")
+    for batch, q_row, q_len, _, kv_row, kv_len, _ in problem.sequences.table.tolist():
+        no_query[batch, :, q_row : q_row + q_len] = False
+        no_key[batch, :, kv_row : kv_row + kv_len] = False
+    query.masked_fill_(no_query, math.nan)
+    key.masked_fill_(no_key, math.nan)
+    value.masked_fill_(no_key, math.nan)
+    assert hopper.unsupported_forward(query, key, value, None, problem) == []
+    out, lse = hopper.forward(query, key, value, problem, problem.scale)
+    assert (out.stride(1) < out.stride(2)) == (query.stride(1) < query.stride(2))
+    assert_close_to_reference(
+        Results(out, lse, None, None, None),
+        Results(*exact, None, None, None),
+        Results(other[0], None, None, None, None),
+    )
+
+
+@on_hopper
+@pytest.mark.parametrize("name", CASES)
+def test_forward_matches_dense_attention(name):
+    check(CASES[name])
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["causal", "documents", "head size 64", "head size 96"])
+def test_forward_matches_dense_attention_in_float16(name):
+    check(replace(CASES[name], dtype=torch.float16))
+
+
+def random_case(seed: int) -> Case:
+    """Any layout, lengths, heads and sequences."""
+    choose = random.Random(seed)
+    query_len = choose.choice([1, 63, 64, 127, 128, 129, 200, 257, 500, 777, 1300])
+    heads, kv_heads = choose.choice([(1, 1), (2, 1), (4, 2), (6, 2), (8, 8)])
+    batch = choose.randint(1, 3)
+    table = None
+    if choose.random() < 0.6:
+        table = []
+        for row in range(batch):
+            cuts = sorted(
+                choose.sample(range(query_len + 1), min(choose.randint(2, 6), query_len + 1))
+            )
+            for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+                if choose.random() < 0.8:
+                    first = choose.choice([0, 0, 0, 5, 128, 200])
+                    table.append((row, start, end - start, first, start, end - start, first))
+        table = tuple(table) or None
+    block = choose.choice([16, 32, 64, 128])
+    longest = query_len if table is None else max(row[2] + row[3] for row in table)
+    density = choose.choice([0.02, 0.1, 0.3, 0.7])
+    layout = choose.choice(
+        [
+            Dense(),
+            SlidingWindow(choose.choice([1, 30, 128, 129, 300])),
+            SinkWindow(choose.choice([1, 4, 128, 140]), choose.choice([10, 128, 333])),
+            BigBird(block),
+            random_blocks(heads, longest, block, density, seed),
+            random_blocks(1, longest, block, density, seed),
+        ]
+    )
+    return Case(
+        layout,
+        query_len,
+        is_causal=choose.random() < 0.5,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=choose.choice([64, 96, 128]),
+        dtype=choose.choice([torch.float16, torch.bfloat16]),
+        rows_outside_heads=choose.random() < 0.7,
+        table=table,
+    )
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(300))
+def test_forward_matches_dense_attention_at_random(seed):
+    check(random_case(seed))
+
+
+@on_hopper
+def test_forward_is_bitwise_reproducible():
+    case = CASES["bigbird"]
+    query, key, value = make_qkv(1, 4, 2, 2048, 2048, 128, 128, dtype=torch.bfloat16, device="cuda")
+    problem = problem_of(case, "cuda")
+    first = hopper.forward(query, key, value, problem, problem.scale)
+    for _ in range(20):
+        again = hopper.forward(query, key, value, problem, problem.scale)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@on_hopper
+def test_every_reason_against_the_forward_kernel_is_given():
+    query = torch.zeros(1, 1, 8, 137, device="cuda")[..., 1:]
+    value = torch.zeros(1, 1, 8, 24, device="cuda")
+    problem = replace(problem_of(CASES["one token"], "cuda"), softcap=1.0, dropout_p=0.5)
+    reasons = "; ".join(hopper.unsupported_forward(query, query, value, value, problem))
+    for reason in ("float32", "head_dim is 136", "value_dim is 24", "softcap", "sinks", "dropout"):
+        assert reason in reasons
+    assert "query has strides" in reasons and "value has strides" not in reasons
+
+
+def test_other_devices_are_refused():
+    query = torch.zeros(1, 1, 8, 64)
+    problem = problem_of(CASES["one token"], "cpu")
+    reasons = hopper.unsupported_forward(query, query, query, None, problem)
+    assert reasons == ["the device is not of compute capability 9.0"]
+
+
+def walk(case: Case, num_multiprocessors: int) -> torch.Tensor:
+    """The mask that the lists of the work records add up to; every query row must be there once and every step valid."""
+    from hf_blocksparse.ops.hopper.work import make_schedule
+
+    tile = hopper.TILE
+    sequences = case.sequences("cpu")
+    index = case.index(sequences)
+    schedule = make_schedule(index, sequences, case.heads, num_multiprocessors)
+    assert schedule.num_programs <= num_multiprocessors
+    bits, indices, mask_ids = index.bank_bits(), index.kv_indices, index.kv_mask_ids
+    mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
+    seen = torch.zeros(mask.shape[:3], dtype=torch.int32)
+    bounds = schedule.offsets.tolist()
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        lengths: dict[tuple[int, int], int] = {}
+        for record in schedule.records[first:last].tolist():
+            batch, head, q_row, q_begin, q_end, shift, kv_begin, kv_end = record[:8]
+            partial, num_partial, full, first_tile, starts, num_masked, steps, first_mask = record[
+                8:
+            ]
+            assert steps >= 1
+            assert steps <= lengths.get((batch, head), steps), "long tiles of a head come first"
+            lengths[batch, head] = steps
+            rows = torch.arange(q_row, q_row + tile)
+            own = (rows >= q_begin) & (rows < q_end)
+            seen[batch, head, rows[own]] += 1
+            for step in range(steps):
+                if step < num_partial:
+                    entry = partial + step
+                elif step < num_masked:
+                    is_start = step - num_partial < starts
+                    entry = full - 1 if is_start else full + steps - num_masked
+                else:
+                    entry = full + step - num_masked
+                number, mask_id = int(indices[entry]), int(mask_ids[entry])
+                if step == 0:
+                    assert (number, mask_id) == (first_tile, first_mask)
+                columns = torch.arange(tile) + number * tile + shift
+                inside = (columns >= kv_begin) & (columns < kv_end)
+                if step >= num_masked:
+                    assert mask_id == -1 and inside.all()
+                kept = torch.ones(tile, tile, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
+                place = mask[batch, head, rows[own][:, None], columns[inside]]
+                assert not (place & kept[own][:, inside]).any(), "a tile is walked twice"
+                mask[batch, head, rows[own][:, None], columns[inside]] |= kept[own][:, inside]
+    expected = torch.zeros_like(seen)
+    for batch, q_row, q_len, *_ in sequences.table.tolist():
+        expected[batch, :, q_row : q_row + q_len] = 1
+    assert torch.equal(seen, expected)
+    return mask
+
+
+@without_gpu
+@pytest.mark.parametrize("name", WALKED)
+def test_work_lists_hold_every_tile_once(name):
+    case = CASES[name]
+    assert torch.equal(walk(case, 5), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("seed", range(6))
+def test_work_lists_hold_every_tile_once_at_random(seed):
+    case = random_case(seed)
+    if case.index(case.sequences("cpu")).num_tiles:
+        assert torch.equal(walk(case, 30), case.mask())
+
+
+@without_gpu
+def test_work_is_balanced():
+    """Some rows as long as a whole multiprocessor's share, all others short."""
+    from hf_blocksparse.ops.hopper.work import make_schedule
+
+    blocks = torch.eye(20, dtype=torch.bool)[None].repeat(20, 1, 1)
+    blocks[:, 7] = True
+    case = Case(TensorLayout.from_tensor(blocks, 128), 2560, is_causal=False, heads=20, kv_heads=20)
+    sequences = case.sequences("cpu")
+    schedule = make_schedule(case.index(sequences), sequences, case.heads, 30)
+    steps = torch.cat((torch.zeros(1), (schedule.records[:, 14] + 1).cumsum(0)))
+    loads = steps[schedule.offsets.long()].diff()
+    assert loads.sum() == 20 * (21 + 19 * 2)
+    assert loads.max() <= 1.1 * loads.mean(), loads
