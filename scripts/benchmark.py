@@ -379,9 +379,7 @@ def gpu_measurements(
             if implementation == "ours":
 
                 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                    return block_sparse_attention(
-                        query, key, value, layout, is_causal=is_causal, impl="triton"
-                    )
+                    return block_sparse_attention(query, key, value, layout, is_causal=is_causal)
 
                 known["index_ms"] = index_milliseconds(attend, setting)
                 known["tile_efficiency"] = kept / computed

@@ -86,6 +86,8 @@ def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
         1000,
         1000,
         grid=(1,),
+        num_warps=4,
+        enable_fp_fusion=True,
         **hopper.forward_constants(head_dim),
     )
 

@@ -31,11 +31,11 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _tma_strides(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides for a tensor descriptor; None if the TMA cannot address the tensor."""
-    from hf_blocksparse.ops.triton.launch import _descriptor_strides
+    from hf_blocksparse.ops.triton.launch import descriptor_strides
 
     if tensor.data_ptr() % ALIGNMENT_BYTES or tensor.stride(-1) != 1:
         return None
-    return _descriptor_strides(
+    return descriptor_strides(
         "cuda", 90, tuple(tensor.shape), tensor.stride(), tensor.element_size()
     )
 
@@ -85,38 +85,43 @@ def forward(
     """
     from hf_blocksparse.ops.hopper.forward import forward_kernel
     from hf_blocksparse.ops.hopper.work import schedule_for
-    from hf_blocksparse.ops.triton.launch import _empty_rows_like
+    from hf_blocksparse.ops.triton.launch import current_device, empty_rows_like, launch
 
     batch, heads, query_len, head_dim = query.shape
     index = problem.index_for(TILE, TILE)
-    out = _empty_rows_like(query, head_dim)
-    lse = torch.empty(batch, heads, query_len, dtype=torch.float32, device=query.device)
+    out = empty_rows_like(query, head_dim)
+    lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
         out.zero_()
         lse.fill_(float("-inf"))
     if not index.num_tiles:
         return out, lse
-    with torch.cuda.device_of(query):
+    with current_device(query.device):
         schedule = schedule_for(index, problem.sequences, heads)
-        forward_kernel[(schedule.num_programs,)](
-            _descriptor(query, TILE // 2),
-            _descriptor(key, TILE),
-            _descriptor(value, TILE),
-            _descriptor(out, TILE // 2),
-            out,
-            *out.stride()[:3],
-            lse,
-            schedule.records,
-            schedule.offsets,
-            index.kv_indices,
-            index.kv_mask_ids,
-            index.bank,
-            scale * LOG2_E,
-            heads,
-            heads // key.shape[1],
-            query_len,
-            key.shape[2],
-            **forward_constants(head_dim),
+        launch(
+            forward_kernel,
+            (schedule.num_programs, 1, 1),
+            (
+                _descriptor(query, TILE // 2),
+                _descriptor(key, TILE),
+                _descriptor(value, TILE),
+                _descriptor(out, TILE // 2),
+                out,
+                *out.stride()[:3],
+                lse,
+                schedule.records,
+                schedule.offsets,
+                index.kv_indices,
+                index.kv_mask_ids,
+                index.bank,
+                scale * LOG2_E,
+                heads,
+                heads // key.shape[1],
+                query_len,
+                key.shape[2],
+            ),
+            forward_constants(head_dim),
+            dict(num_warps=4),
         )
     return out, lse
 
@@ -132,8 +137,6 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
         Q_IN_REGISTERS=is_small,
         CONSUMER_REGISTERS=240,
         PRODUCER_REGISTERS=24,
-        num_warps=4,
-        enable_fp_fusion=True,  # Triton's default changes between releases
     )
 
 

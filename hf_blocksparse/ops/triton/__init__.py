@@ -1,4 +1,6 @@
-"""Block-sparse attention in portable Triton: the implementation `impl="triton"`.
+"""Block-sparse attention in portable Triton: the implementation `impl="triton"`, and with `impl="auto"` that of a GPU.
+
+With "auto" the kernels in `ops/hopper` take what they can on compute capability 9.0; these take everything else.
 
 One program computes one tile of one head and walks the tiles its list names: query tiles in the forward kernel and for
 dQ, key tiles for dK and dV. Nothing is added atomically, so results are bitwise reproducible.
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
@@ -88,7 +91,10 @@ def attention(
 class _Attention(Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, problem, scale):  # type: ignore[no-untyped-def]
-        out, lse = _launch().launch_forward(query, key, value, sinks, problem, scale)
+        if problem.portable or hopper.unsupported_forward(query, key, value, sinks, problem):
+            out, lse = _launch().launch_forward(query, key, value, sinks, problem, scale)
+        else:
+            out, lse = hopper.forward(query, key, value, problem, scale)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.problem = problem
         ctx.scale = scale

@@ -49,14 +49,14 @@ def launch_forward(
     sizes = _sizes(query, value, problem, "forward")
     index = problem.index_for(sizes.tile_q, sizes.tile_kv)
     items = problem.sequences.q_items(sizes.tile_q)
-    out = _empty_rows_like(query, value.shape[-1])
+    out = empty_rows_like(query, value.shape[-1])
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries:
         out.zero_()
         lse.fill_(float("-inf"))
     score_scale, softcap_scale = _score_scales(scale, problem.softcap)
-    with _current_device(query.device):
-        _launch(
+    with current_device(query.device):
+        launch(
             forward_kernel,
             (items.shape[0], heads, 1),
             (
@@ -77,7 +77,7 @@ def launch_forward(
                 heads // key.shape[1],
             ),
             _constants(query, value, sizes),
-            sizes,
+            _options(sizes),
         )
     return out, lse
 
@@ -108,16 +108,16 @@ def launch_backward(
     query_rows, key_rows, value_rows, grad_out_rows = map(_rows, (query, key, value, grad_out))
     log2_sum_rows, delta_rows = _rows(log2_sums), _rows(deltas)
     grad_key = grad_value = grad_sinks = None
-    with _current_device(query.device):
+    with current_device(query.device):
         # Also where the query needs no gradient: the kernel makes the row terms, which all the others need.
         sizes = _sizes(query, value, problem, "grad_query")
         items = sequences.q_items(sizes.tile_q)
-        grad_query = _empty_rows_like(query, query.shape[-1])
+        grad_query = empty_rows_like(query, query.shape[-1])
         if not sequences.covers_queries:
             grad_query.zero_()
             log2_sums.fill_(float("inf"))
             deltas.zero_()
-        _launch(
+        launch(
             grad_query_kernel,
             (items.shape[0], heads, 1),
             (
@@ -143,17 +143,17 @@ def launch_backward(
                 heads // kv_heads,
             ),
             _constants(query, value, sizes),
-            sizes,
+            _options(sizes),
         )
         if needed[1] or needed[2]:
             sizes = _sizes(query, value, problem, "grad_key_value")
             items = sequences.kv_items(sizes.tile_kv)
-            grad_key = _empty_rows_like(key, key.shape[-1])
-            grad_value = _empty_rows_like(value, value.shape[-1])
+            grad_key = empty_rows_like(key, key.shape[-1])
+            grad_value = empty_rows_like(value, value.shape[-1])
             if not sequences.covers_keys:
                 grad_key.zero_()
                 grad_value.zero_()
-            _launch(
+            launch(
                 grad_key_value_kernel,
                 (items.shape[0], kv_heads, 1),
                 (
@@ -177,7 +177,7 @@ def launch_backward(
                     heads // kv_heads,
                 ),
                 _constants(query, value, sizes),
-                sizes,
+                _options(sizes),
             )
     if sinks is not None and needed[3]:
         # p of the sink itself is exp(sink - lse), and its value is 0. Rows of no sequence have +inf here.
@@ -186,14 +186,14 @@ def launch_backward(
     return grad_query, grad_key, grad_value, grad_sinks
 
 
-def _launch(
+def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
-    sizes: TileSizes,
+    options: dict[str, Any],
 ) -> None:
-    """Run a kernel; `constants` are its last parameters, in their order.
+    """Run a kernel; `constants` are its last parameters, in their order, `options` the compiler's (`num_warps`, ...).
 
     Triton finds the compiled variant by asking each of some sixty values whether it is 1 or a multiple of 16, which takes longer than
     a short attention. The answers follow from the strides and alignments in `_kind_of`, so the variant is looked up by those and
@@ -204,18 +204,13 @@ def _launch(
         return
     device = torch.cuda.current_device()
     kinds = map(_kind_of, arguments)
-    variant = (kernel.__name__, device, *kinds, *constants.values(), sizes)
+    variant = (kernel.__name__, device, *kinds, *constants.values(), *options.values())
     compiled = _compiled.get(variant)
     if compiled is not None:
         compiled[grid](*arguments, *constants.values())
         return
-    compiled = kernel[grid](
-        *arguments,
-        **constants,
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
-        enable_fp_fusion=True,  # Triton's default changes between releases
-    )
+    # Triton's default of fusing products changes between releases.
+    compiled = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
     if len(_compiled) >= REMEMBERED_VARIANTS:
         _compiled.clear()
     _compiled[variant] = compiled.result() if hasattr(compiled, "result") else compiled
@@ -233,12 +228,12 @@ def _kind_of(argument: Any) -> Any:
         return argument.dtype, argument.data_ptr() % 16
     if kind is Dropout:
         return argument.threshold
-    if kind is TensorDescriptor or kind is float:
-        return kind
+    if kind is float or hasattr(argument, "block_shape"):
+        return kind  # a descriptor's type follows from the constants
     return argument
 
 
-def _current_device(device: torch.device) -> AbstractContextManager[Any]:
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels start on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -276,6 +271,10 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]
     )
 
 
+def _options(sizes: TileSizes) -> dict[str, Any]:
+    return dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+
+
 def _score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
     """Factors after and before the tanh, in units of log2."""
     if softcap is None:
@@ -291,7 +290,7 @@ def _dropout(problem: Problem) -> Dropout | None:
     return Dropout(problem.dropout_seed, signed, 1.0 / (1.0 - problem.dropout_p))
 
 
-def _empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
+def empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
     """Uninitialised, of `tensor`'s shape but for the last axis, and with heads inside or outside rows as there."""
     batch, heads, rows, _ = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
@@ -306,7 +305,7 @@ def _rows(tensor: Tensor) -> StridedRows:
 
 def _descriptor(tensor: Tensor, tile: int) -> TensorDescriptor | None:
     """A tensor descriptor of blocks of `tile` rows of one head, None where hardware or alignment forbid it."""
-    strides = _descriptor_strides(
+    strides = descriptor_strides(
         *backend_of(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.element_size()
     )
     if strides is None or tensor.data_ptr() % 16:
@@ -316,7 +315,7 @@ def _descriptor(tensor: Tensor, tile: int) -> TensorDescriptor | None:
 
 
 @lru_cache(maxsize=1024)
-def _descriptor_strides(
+def descriptor_strides(
     backend: str, capability: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...] | None:
     if backend == "hip" or (backend == "cuda" and capability < 90):
