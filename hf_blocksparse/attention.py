@@ -344,8 +344,7 @@ def block_sparse_attention(
         allow_empty_rows: accept a layout that leaves queries without a key: output 0, LSE -inf, zero gradients. Padding and
             `attn_mask` may always do that.
         return_lse: also return the log-sum-exp of each row's kept scores, float32 (batch, query_heads, query_len), natural logarithm.
-        impl: "triton" (portable kernels), "torch", or "auto": on a GPU Triton, with kernels of its own for compute capability 9.0 where
-            they apply, torch elsewhere. A named one never falls back.
+        impl: "triton", "torch" or "auto" (Triton on a GPU, torch elsewhere). A named one never falls back.
 
     Returns:
         (batch, query_heads, query_len, value_dim) in query's dtype, accumulated in float32; with `return_lse` also the LSE. Gradients
@@ -419,7 +418,6 @@ def block_sparse_attention(
         softcap=softcap,
         dropout_p=dropout_p,
         dropout_seed=seed,
-        portable=impl != "auto",
     )
     if torch.is_autocast_enabled(query.device.type):
         # It would round the scores to its dtype; accumulation is in float32.

@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
 from hf_blocksparse.ops import hopper
-from hf_blocksparse.ops.hopper.forward import forward_kernel
+from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
 
 CAPABILITY = 90
 PARTS_OF_TWO_PRODUCTS = 12  # instructions, at head size 64

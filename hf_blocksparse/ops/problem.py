@@ -20,7 +20,6 @@ class Problem:
         scale: factor on the scores.
         softcap: scores become `softcap * tanh(score / softcap)`; None for none.
         dropout_p: probability of dropping a coefficient.
-        portable: only kernels that run on every GPU may be chosen.
         dropout_seed: int64 scalar tensor on the tensors' device, None without dropout.
     """
 
@@ -31,4 +30,3 @@ class Problem:
     softcap: float | None = None
     dropout_p: float = 0.0
     dropout_seed: torch.Tensor | None = None
-    portable: bool = False

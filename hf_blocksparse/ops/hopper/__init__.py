@@ -1,5 +1,8 @@
 """Block-sparse attention on Hopper: kernels in Gluon for compute capability 9.0, where a call's dtype, sizes and strides suit them.
 
+No call chooses them yet: on an H200 only the smallest cases have been seen to be right, tests/test_hopper_kernels.py has not been run
+there as a whole, and no speed is known.
+
 Beside `ops/triton`, whose kernels are the portable ones and the judge of these: same index, same sequences, same results. What is not
 here - softcap, sinks, dropout, float32, values of another size than the queries, head sizes above 128, tensors the TMA cannot address -
 is theirs.
@@ -83,7 +86,7 @@ def forward(
         [batch, query_heads, query_len, head_dim] in query's dtype and order of axes in memory, and float32
         [batch, query_heads, query_len].
     """
-    from hf_blocksparse.ops.hopper.forward import forward_kernel
+    from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
     from hf_blocksparse.ops.hopper.work import schedule_for
     from hf_blocksparse.ops.triton.launch import current_device, empty_rows_like, launch
 

@@ -1,6 +1,4 @@
-"""Block-sparse attention in portable Triton: the implementation `impl="triton"`, and with `impl="auto"` that of a GPU.
-
-With "auto" the kernels in `ops/hopper` take what they can on compute capability 9.0; these take everything else.
+"""Block-sparse attention in portable Triton: the implementation `impl="triton"`.
 
 One program computes one tile of one head and walks the tiles its list names: query tiles in the forward kernel and for
 dQ, key tiles for dK and dV. Nothing is added atomically, so results are bitwise reproducible.
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
@@ -91,10 +88,7 @@ def attention(
 class _Attention(Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, problem, scale):  # type: ignore[no-untyped-def]
-        if problem.portable or hopper.unsupported_forward(query, key, value, sinks, problem):
-            out, lse = _launch().launch_forward(query, key, value, sinks, problem, scale)
-        else:
-            out, lse = hopper.forward(query, key, value, problem, scale)
+        out, lse = _launch().launch_forward(query, key, value, sinks, problem, scale)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.problem = problem
         ctx.scale = scale

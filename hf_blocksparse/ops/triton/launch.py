@@ -20,6 +20,7 @@ from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.ops.triton.backward import (
     grad_key_value_kernel,
     grad_query_kernel,
+    row_terms_kernel,
 )
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
@@ -29,6 +30,7 @@ IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly."""
 
 LOG2_E = 1.4426950408889634
+ROW_TERMS_TILE = 64
 REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
@@ -95,8 +97,9 @@ def launch_backward(
     scale: float,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value and sinks; None, except for the query, where `needed` (one flag each) is False."""
-    heads, kv_heads = query.shape[1], key.shape[1]
+    """Gradients of query, key, value and sinks; None where `needed` (one flag each) says so."""
+    batch, heads, query_len, _ = query.shape
+    kv_heads = key.shape[1]
     sequences = problem.sequences
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -107,44 +110,58 @@ def launch_backward(
     dropout = _dropout(problem)
     query_rows, key_rows, value_rows, grad_out_rows = map(_rows, (query, key, value, grad_out))
     log2_sum_rows, delta_rows = _rows(log2_sums), _rows(deltas)
-    grad_key = grad_value = grad_sinks = None
+    grad_query = grad_key = grad_value = grad_sinks = None
     with current_device(query.device):
-        # Also where the query needs no gradient: the kernel makes the row terms, which all the others need.
-        sizes = _sizes(query, value, problem, "grad_query")
-        items = sequences.q_items(sizes.tile_q)
-        grad_query = empty_rows_like(query, query.shape[-1])
-        if not sequences.covers_queries:
-            grad_query.zero_()
-            log2_sums.fill_(float("inf"))
-            deltas.zero_()
         launch(
-            grad_query_kernel,
-            (items.shape[0], heads, 1),
+            row_terms_kernel,
+            (-(-query_len // ROW_TERMS_TILE), heads, batch),
             (
-                query_rows,
-                key_rows,
-                value_rows,
                 _rows(out),
                 grad_out_rows,
                 _rows(lse),
                 _NO_ROWS if grad_lse is None else _rows(grad_lse),
                 log2_sum_rows,
                 delta_rows,
-                _descriptor(key, sizes.tile_kv),
-                _descriptor(value, sizes.tile_kv),
-                _rows(grad_query),
-                items,
-                sequences.table,
-                tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
-                scale,
-                score_scale,
-                softcap_scale,
-                dropout,
-                heads // kv_heads,
+                query_len,
             ),
-            _constants(query, value, sizes),
-            _options(sizes),
+            dict(
+                VALUE_DIM=value.shape[-1],
+                VALUE_DIM_PADDED=_padded(value.shape[-1]),
+                TILE=ROW_TERMS_TILE,
+            ),
+            {},
         )
+        if needed[0]:
+            sizes = _sizes(query, value, problem, "grad_query")
+            items = sequences.q_items(sizes.tile_q)
+            grad_query = empty_rows_like(query, query.shape[-1])
+            if not sequences.covers_queries:
+                grad_query.zero_()
+            launch(
+                grad_query_kernel,
+                (items.shape[0], heads, 1),
+                (
+                    query_rows,
+                    key_rows,
+                    value_rows,
+                    grad_out_rows,
+                    log2_sum_rows,
+                    delta_rows,
+                    _descriptor(key, sizes.tile_kv),
+                    _descriptor(value, sizes.tile_kv),
+                    _rows(grad_query),
+                    items,
+                    sequences.table,
+                    tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
+                    scale,
+                    score_scale,
+                    softcap_scale,
+                    dropout,
+                    heads // kv_heads,
+                ),
+                _constants(query, value, sizes),
+                _options(sizes),
+            )
         if needed[1] or needed[2]:
             sizes = _sizes(query, value, problem, "grad_key_value")
             items = sequences.kv_items(sizes.tile_kv)
