@@ -404,6 +404,12 @@ _cache = _IndexCache()
 _cache_of_mask: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def cached_indices() -> tuple[BlockIndex, ...]:
+    """The indices in the cache, but for those of a caller's mask: which tile shapes the calls since `clear_cache` asked for."""
+    with _cache.lock:
+        return tuple(_cache.entries.values())
+
+
 def clear_cache() -> None:
     """Forget all cached indices and free their memory."""
     _cache.clear()

@@ -1,6 +1,7 @@
-"""Draw the figures of a run from its record: the layout, and perplexity where it has rows to show.
+"""Draw the figures of a run from its record alone.
 
-    python scripts/plot.py model_cards/NAME/results/sparsify.json
+    python scripts/plot.py model_cards/NAME/results/sparsify.json    the layout, into the card's figures/
+    python scripts/plot.py runs/benchmark.json                       density against time, beside the record
 
 Needs matplotlib: pip install "hf-blocksparse[plots]".
 """
@@ -10,6 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from benchmark_cases import DENSE_PEERS, OURS
+from benchmark_results import (
+    DIRECTIONS,
+    CaseResult,
+    break_evens,
+    grid_results,
+    random_family,
+    row_of,
+)
 from sparsify_results import SparsifyResults
 from torch import Tensor
 
@@ -72,20 +82,93 @@ def draw_layout(results: SparsifyResults, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_figures(record: Path) -> Path:
-    """Draw the figures of the record at `results/` of a card into its `figures/`."""
-    results = from_plain(SparsifyResults, read_record(record).results)
-    path = record.parent.parent / "figures" / "layout.png"
-    draw_layout(results, path)
-    return path
+def draw_densities(results: Sequence[CaseResult], stem: Path) -> list[Path]:
+    """Time against density, one figure for each shape, block size and kind, named after `stem`.
+
+    Random layouts make the curves, other layouts of the shape stand as single points. Dense baselines are level lines; where ours crosses
+    one, its break-even density is marked.
+    """
+    from matplotlib.figure import Figure
+
+    paths = []
+    for (shape, block_size, is_causal), members in random_family(results).items():
+        singles = [
+            result
+            for result in results
+            if result not in members
+            and result.case.shape == shape
+            and result.case.block_size in (1, block_size)
+            and result.is_causal == is_causal
+        ]
+        crossings = [
+            found
+            for found in break_evens(results)
+            if (found.shape, found.block_size, found.is_causal, found.implementation)
+            == (shape, block_size, is_causal, OURS)
+        ]
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        kind = "causal triangle" if is_causal else "square"
+        figure.suptitle(f"Random blocks of {block_size}, {shape}")
+        for axes, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
+            names = dict.fromkeys(row.implementation for result in members for row in result.rows)
+            for color, name in enumerate(names):
+                points = [
+                    (result.density, row.median_ms, row.low_ms, row.high_ms)
+                    for result in members
+                    if (row := row_of(result, name, direction)) is not None
+                ]
+                if not points:
+                    continue
+                densities, medians, lows, highs = zip(*points, strict=True)
+                style = "--" if name in DENSE_PEERS else "o-"
+                axes.plot(densities, medians, style, color=f"C{color}", label=name, markersize=4)
+                axes.fill_between(densities, lows, highs, color=f"C{color}", alpha=0.2)
+            for result in singles:
+                row = row_of(result, OURS, direction)
+                if row is not None:
+                    axes.plot(result.density, row.median_ms, "kx")
+                    axes.annotate(
+                        result.case.layout, (result.density, row.median_ms), fontsize=7, rotation=20
+                    )
+            for found in crossings:
+                if found.direction == direction and found.density is not None:
+                    axes.axvline(found.density, color="grey", linestyle=":")
+                    axes.annotate(
+                        f"{found.dense} {found.density:.0%}",
+                        (found.density, 0.02),
+                        xycoords=("data", "axes fraction"),
+                        rotation=90,
+                        fontsize=7,
+                    )
+            axes.set(xscale="log", yscale="log", title=direction)
+            axes.set(xlabel=f"coefficients kept / {kind}", ylabel="ms (median, 20-80 %)")
+            axes.legend(fontsize=7)
+        name = shape.replace(" ", "_").replace("/", "-")
+        path = stem.with_name(
+            f"{stem.name}_{name}_b{block_size}_{'causal' if is_causal else 'square'}.png"
+        )
+        figure.savefig(path, dpi=150)
+        paths.append(path)
+    return paths
+
+
+def draw_figures(path: Path) -> list[Path]:
+    """Draw what the record at `path` has to show: of a card's `results/` into its `figures/`, of a benchmark beside it."""
+    record = read_record(path)
+    if record.script == "benchmark.py":
+        return draw_densities(grid_results(record).cases, path.with_suffix(""))
+    layout = path.parent.parent / "figures" / "layout.png"
+    draw_layout(from_plain(SparsifyResults, record.results), layout)
+    return [layout]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("record", type=Path, help="the JSON that sparsify.py wrote")
-    print(draw_figures(parser.parse_args(argv).record))
+    parser.add_argument("record", type=Path, help="the JSON that a script wrote")
+    figures = draw_figures(parser.parse_args(argv).record)
+    print("\n".join(map(str, figures)) or "Nothing to draw: no random layouts in this record.")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,405 @@
-"""The benchmark gives its peers the mask it claims, and writes what it measured."""
+"""The benchmark gives its peers the mask it claims, judges them by the truth, survives them, and writes what it measured."""
 
+import argparse
 import json
+import os
 import sys
+import types
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import bad_worker
 import benchmark
+import benchmark_cases
+import benchmark_cpu
+import benchmark_peers
+import benchmark_results
+import plot
+from benchmark_cases import GRIDS, IMPLEMENTATIONS, Case
+from benchmark_process import Worker, WorkerFailure
+from benchmark_results import CaseResult, GridResults, Row
+from benchmark_worker import Session
 
-SETTING = benchmark.Setting("cpu", "float32", 1, 2, 2, 256, 32, 10, 0)
+from hf_blocksparse.evaluation import in_fresh_process, measure_cost
+from hf_blocksparse.run_record import read_record, to_plain, write_record
+
+CPU = torch.device("cpu")
+SMALL = Case("causal", 1, 256, 16, heads=2, kv_heads=2, dtype="float32")
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize("name", benchmark.LAYOUTS)
-def test_peers_get_the_layouts_mask(name, block_size):
-    layout, is_causal = benchmark.make_layout(name, block_size, SETTING)
-    expected = layout.to_mask(256, is_causal=is_causal, num_heads=2)
-    mask = benchmark.mask_function(name, layout, block_size, SETTING)
-    place = torch.arange(256)
-    for head in range(2):
-        kept = mask(torch.tensor(0), torch.tensor(head), place[:, None], place[None])
-        assert torch.equal(kept.expand(256, 256), expected[head])
-    partial, full = benchmark.block_matrices(layout, is_causal, SETTING, 64)
-    blocks = expected.view(2, 4, 64, 4, 64)
-    assert torch.equal(full, blocks.all(-1).all(2))
-    assert torch.equal(partial | full, blocks.any(-1).any(2))
+def small(layout, block_size=1, **changes):
+    return replace(SMALL, layout=layout, block_size=block_size, **changes)
+
+
+CASES = [small(name) for name in benchmark_cases.TOKEN_EXACT if not name.endswith("k")]
+CASES += [small(name, block) for block in (16, 128) for name in ("block_window", "bigbird")]
+CASES += [small(name, block) for block in (32, 64) for name in ("random50", "causal_random25")]
+CASES += [small("window", length_tokens=512), small("longformer", length_tokens=512)]
+
+
+def dense_mask(case):
+    return benchmark_cases.make_layout(case).to_mask(
+        case.length_tokens, is_causal=case.is_causal, num_heads=case.heads
+    )
+
+
+def dense_of_lists(lists, transposed, case, tile, mask):
+    """What a peer computes: full tiles whole, partial ones where its mask says so."""
+    length = case.length_tokens
+    dense = torch.zeros(case.heads, length, length, dtype=torch.bool)
+    place = torch.arange(tile)
+    for kind in ("partial", "full"):
+        counts = getattr(lists, f"{kind}_counts")[0].expand(case.heads, -1)
+        indices = getattr(lists, f"{kind}_indices")[0].expand(case.heads, -1, -1)
+        for head in range(case.heads):
+            for line, count in enumerate(counts[head].tolist()):
+                listed = indices[head, line, :count].tolist()
+                assert listed == sorted(set(listed))
+                for other in listed:
+                    row, col = (other, line) if transposed else (line, other)
+                    rows, cols = row * tile + place, col * tile + place
+                    kept = torch.ones(tile, tile, dtype=torch.bool)
+                    if kind == "partial":
+                        kept = mask(torch.tensor(0), torch.tensor(head), rows[:, None], cols)
+                    window = dense[head, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+                    assert not window.any()
+                    window.copy_(kept)
+    return dense
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_peers_get_the_layouts_mask(case, tile):
+    if case.block_size > tile:
+        return
+    layout, expected = benchmark_cases.make_layout(case), dense_mask(case)
+    index = benchmark_cases.exact_index(case, layout, tile, CPU)
+    mask = benchmark_peers.position_mask(case, layout, tile, CPU)
+    for transposed in (False, True):
+        for is_compact in (False, True):
+            lists = benchmark_peers.tile_lists(index, transposed=transposed, is_compact=is_compact)
+            if mask is None:
+                assert not lists.partial_counts.any()
+            assert dense_of_lists(lists, transposed, case, tile, mask).equal(expected)
+    kept, computed = benchmark_cases.kept_and_computed(index, case.heads)
+    assert kept == expected.sum() <= computed
+
+
+def test_flex_block_mask_is_what_torch_would_derive():
+    case = small("bigbird", 16, length_tokens=512)
+    mask = benchmark_peers.flex_block_mask(case, benchmark_cases.make_layout(case), CPU)
+    same = type(mask).from_kv_blocks(
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        BLOCK_SIZE=64,
+        mask_mod=mask.mask_mod,
+    )
+    blocks = dense_mask(case).view(2, 8, 64, 8, 64).any(-1).any(2)
+    assert mask.to_dense()[0].bool().equal(blocks)
+    assert mask.shape == same.shape
+    for kind in ("", "full_"):
+        counts, indices = f"{kind}q_num_blocks", f"{kind}q_indices"
+        assert getattr(mask, counts).equal(getattr(same, counts))
+        valid = torch.arange(8) < getattr(mask, counts)[..., None]
+        ours, theirs = getattr(mask, indices), getattr(same, indices)
+        assert ours.shape == theirs.shape and ours[valid].equal(theirs[valid])
+
+
+@pytest.fixture
+def cute_masks(monkeypatch):
+    """The masks for FlashAttention-4 with CuTe's vectors of one element played by tensors."""
+    cutlass = types.ModuleType("cutlass")
+    cutlass.cute = types.ModuleType("cutlass.cute")
+    cutlass.Int32, cutlass.cute.jit = torch.int32, lambda function: function
+    flash = {name: types.ModuleType(name) for name in ("flash_attn", "flash_attn.cute")}
+    flash["flash_attn"].cute = flash["flash_attn.cute"]
+    flash["flash_attn.cute"].utils = types.SimpleNamespace(
+        scalar_to_ssa=lambda value, dtype: torch.as_tensor(value, dtype=dtype).reshape(1)
+    )
+    for name, module in {"cutlass": cutlass, "cutlass.cute": cutlass.cute, **flash}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "benchmark_cute_masks", raising=False)
+    yield
+    sys.modules.pop("benchmark_cute_masks", None)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout != "full"], ids=str)
+def test_masks_for_flash_attention_4_agree_with_the_layout(case, cute_masks):
+    if not benchmark_cases.applies("fa4", case):
+        return
+    tile = 128 if case.block_size in (1, 128) else 64
+    layout, expected = benchmark_cases.make_layout(case), dense_mask(case)
+    mask, tensors = benchmark_peers.cute_mask(case, layout, tile, CPU)
+    index = benchmark_cases.exact_index(case, layout, tile, CPU)
+    if mask is None:
+        assert (index.kv_mask_ids < 0).all()
+        return
+    lists = benchmark_peers.tile_lists(index)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        head = int(torch.randint(2, (), generator=generator))
+        counts = lists.partial_counts[0].expand(2, -1)[head]
+        line = int(torch.multinomial(counts.float(), 1, generator=generator))
+        which = int(torch.randint(int(counts[line]), (), generator=generator))
+        col = int(lists.partial_indices[0].expand(2, -1, -1)[head, line, which])
+        q, kv = (int(torch.randint(tile, (), generator=generator)) for _ in range(2))
+        q, kv = line * tile + q, col * tile + kv
+        vectors = (torch.tensor([n], dtype=torch.int32) for n in (0, head, q, kv))
+        assert bool(mask(*vectors, None, tensors)) == bool(expected[head, q, kv])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        small("window", length_tokens=1152),
+        small("bigbird", 16, length_tokens=640, heads=4),
+        small("causal_random25", 32, length_tokens=640, kv_heads=1),
+        small("longformer", length_tokens=640, batch=2),
+    ],
+    ids=str,
+)
+def test_exact_answer_is_dense_attention_with_the_mask(case):
+    leaves, grad_out = benchmark_cases.make_inputs(case, CPU)
+    exact = benchmark_cases.exact_answer(case, benchmark_cases.make_layout(case), leaves, grad_out)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *doubles, attn_mask=dense_mask(case), enable_gqa=True
+    )
+    gradients = torch.autograd.grad(out, doubles, grad_out.double())
+    for name, tensor in zip(
+        ("out", "grad_query", "grad_key", "grad_value"), (out, *gradients), strict=True
+    ):
+        chosen = benchmark_cases.heads_of(case, exact, tensor)
+        torch.testing.assert_close(getattr(exact, name).double(), chosen, atol=1e-4, rtol=1e-3)
+
+
+def _make_long_random_layout(block_size):
+    case = Case("random10", block_size, length_tokens=131072)
+    return measure_cost(lambda: benchmark_cases.random_layout(case), device=CPU, warmup=0)
+
+
+def test_a_long_random_layout_needs_no_gigabytes():
+    assert in_fresh_process(_make_long_random_layout, 128).added_bytes < 400 << 20
+
+
+def test_grids_hold_cases_that_can_run():
+    for make in GRIDS.values():
+        grid = make()
+        assert len({case for case, _ in grid}) == len(grid)
+        for case, names in grid:
+            assert case.heads % case.kv_heads == 0 and case.length_tokens % 128 == 0
+            assert set(names) <= set(IMPLEMENTATIONS) and "ours" in names
+            assert (case.block_size == 1) == (case.layout in benchmark_cases.TOKEN_EXACT)
+            if "random" in case.layout and case.length_tokens > 16384:
+                assert case.block_size >= 64
+
+
+def test_options_narrow_a_grid():
+    arguments = benchmark.parse_args(
+        ["--grid=full", "--layouts", "window", "random10", "--lengths", "2048", "--seed=3"]
+    )
+    absent = {"fa4": "not installed"}
+    grid = benchmark.narrowed(GRIDS["full"](), arguments, absent)
+    assert {(case.layout, case.block_size) for case, _ in grid} == {
+        ("window", 1),
+        ("random10", 128),
+        ("random10", 64),
+    }
+    for case, names in grid:
+        assert case.seed == 3 and case.length_tokens == 2048
+        assert "fa4" not in names and "ours_mha" not in names
+        assert ("fa4_window" in names) == (case.layout == "window")
+
+
+def test_a_window_of_equal_tiles_has_as_many():
+    case = Case("bigbird", 64, length_tokens=8192)
+    window = benchmark_cases.window_of_equal_tiles(case)
+    tiles = [
+        benchmark_cases.exact_index(case, layout, 128, CPU).num_tiles / lists
+        for layout, lists in ((benchmark_cases.make_layout(case), 16), (window, 1))
+    ]
+    assert tiles[1] == pytest.approx(tiles[0], rel=0.1)
+
+
+def result(layout, density, times, *, block_size=128):
+    """A case whose rounds took `times[implementation]` milliseconds."""
+    rows = tuple(
+        Row(name, "forward", density, round_ms=rounds, median_ms=rounds[0], low_ms=0.5, high_ms=9.0)
+        for name, rounds in times.items()
+    )
+    case = Case(layout, block_size)
+    return CaseResult(case, case.is_causal, density, 1.0, rows)
+
+
+def test_break_even_lies_where_the_ratio_of_times_crosses_one():
+    assert benchmark_results.crossing([(0.5, 1.5), (0.1, 0.5), (0.3, 0.9)]) == pytest.approx(
+        0.3 + 0.2 * 0.1 / 0.6
+    )
+    assert benchmark_results.crossing([(0.1, 0.2), (0.5, 0.9)]) is None
+    assert benchmark_results.crossing([(0.1, 1.2), (0.5, 2.0)]) is None
+    # The second round is twice as slow for both: within rounds, nothing changed.
+    results = [
+        result("random10", 0.1, {"ours": (2.0, 4.0), "sdpa_flash": (8.0, 16.0)}),
+        result("random50", 0.5, {"ours": (10.0, 20.0), "sdpa_flash": (8.0, 16.0)}),
+        result("full", 1.0, {"ours": (20.0, 40.0), "sdpa_flash": (8.0, 16.0)}, block_size=1),
+        result("random25", 0.25, {"ours": (1.0, 1.0)}, block_size=64),
+    ]
+    (found,) = benchmark_results.break_evens(results)
+    assert (found.implementation, found.dense, found.direction) == ("ours", "sdpa_flash", "forward")
+    assert found.density == pytest.approx(0.1 + 0.4 * (1 - 0.25) / (1.25 - 0.25))
+    assert (found.least, found.most) == (0.1, 1.0)
+    table = benchmark_results.break_even_table(results)
+    assert "below 40.0%" in table
+    slower = [
+        replace(r, rows=(r.rows[0], replace(r.rows[1], round_ms=(0.1, 0.1)))) for r in results[:2]
+    ]
+    assert "not even at 10.0%" in benchmark_results.break_even_table(slower)
+    faster = [
+        replace(r, rows=(r.rows[0], replace(r.rows[1], round_ms=(99.0, 99.0)))) for r in results[:2]
+    ]
+    assert "at all measured (10.0%-50.0%)" in benchmark_results.break_even_table(faster)
+
+
+def test_ratios_are_of_rounds_and_of_useful_work():
+    own = Row("ours", "forward", 0.1, round_ms=(1.0, 2.0, 4.0))
+    peer = replace(own, implementation="flex", round_ms=(2.0, 6.0, 4.0))
+    assert benchmark_results.ratio(own, peer) == (2.0, 1.0, 3.0)
+    half = replace(peer, implementation="ours_window", density=0.05)
+    assert benchmark_results.ratio(own, half) == (4.0, 2.0, 6.0)
+
+
+def test_a_worker_that_hangs_crashes_or_raises_is_a_failure_and_starts_anew(tmp_path):
+    worker = Worker(bad_worker.serve, log=tmp_path / "logs" / "bad.log")
+    try:
+        first = worker.ask(("well",), 10)
+        with pytest.raises(WorkerFailure, match="no answer to 'hang' within 0 s"):
+            worker.ask(("hang",), 0.2)
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+        second = worker.ask(("well",), 10)
+        assert second != first and worker.ask(("well",), 10) == second
+        with pytest.raises(WorkerFailure, match="its process ended with exit code -6"):
+            worker.ask(("crash",), 10)
+        with pytest.raises(WorkerFailure, match="ValueError: no"):
+            worker.ask(("raise",), 10)
+    finally:
+        worker.stop()
+
+
+def test_a_wrong_answer_is_a_failure_of_both_directions(monkeypatch):
+    case = small("window")
+    right = benchmark_peers.make_implementation("ours", case, CPU)
+
+    def prepare(attend):
+        wrong = replace(right, attend=attend)
+        monkeypatch.setattr("benchmark_worker.make_implementation", lambda *_: wrong)
+        return Session("ours", case, CPU).prepare().directions
+
+    facts = prepare(right.attend)
+    assert all(facts[d].failure is None and facts[d].relative_error < 1e-4 for d in facts)
+    facts = prepare(lambda q, k, v: 1.01 * right.attend(q, k, v))
+    assert all("wrong by 1.0" in facts[d].failure for d in ("forward", "backward"))
+
+    def without_gradient_of_value(q, k, v):
+        return right.attend(q, k, 0.5 * v + 0.5 * v.detach())
+
+    facts = prepare(without_gradient_of_value)
+    assert facts["forward"].failure is None
+    assert "wrong by 5.0" in facts["backward"].failure
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn-4 is installed")
+def test_what_cannot_be_imported_is_a_failure():
+    facts = Session("fa4_dense", small("full"), CPU).prepare().directions
+    assert facts["forward"].failure.startswith("ModuleNotFoundError: No module named 'flash_attn'")
+    assert "pip install flash-attn-4" in benchmark.absent_implementations()["fa4"]
+
+
+@pytest.fixture(scope="module")
+def grid_record(tmp_path_factory):
+    """A run over a small grid, on a CPU: the way of a GPU run but for the clock."""
+    output = tmp_path_factory.mktemp("runs") / "benchmark.json"
+    arguments = argparse.Namespace(output=output, rounds=2, round_ms=5.0, limit_s=60.0)
+    names = ("ours", "sdpa_flash", "sdpa_cudnn")
+    cases = (small("random50", 16), small("random10", 16), small("full"), small("bigbird", 16))
+    grid = [(case, names) for case in cases[:3]] + [(cases[3], ("ours", "ours_window"))]
+    written = []
+
+    def save(results):
+        written.append(len(results))
+
+    results = benchmark.measure_grid(grid, arguments, CPU, [], save)
+    assert written == [1, 2, 3, 4]
+    # What is known is not measured again.
+    assert benchmark.measure_grid(grid, arguments, CPU, results, save) == results
+    assert written == [1, 2, 3, 4]
+    record = benchmark.RunRecord(
+        1,
+        "benchmark.py",
+        {"device": "cuda"},
+        0,
+        benchmark.describe_environment(CPU),
+        {},
+        to_plain(GridResults(tuple(results), (), {"flex": "left out"}, {})),
+    )
+    write_record(record, output)
+    return output
+
+
+def test_a_grid_run_writes_what_it_measured(grid_record):
+    results = benchmark_results.grid_results(read_record(grid_record)).cases
+    by_case = {r.case.layout: r for r in results}
+    assert by_case["random10"].density == pytest.approx(
+        dense_mask(by_case["random10"].case).float().mean()
+    )
+    for measured in results:
+        for direction in ("forward", "backward"):
+            ours = benchmark_results.row_of(measured, "ours", direction)
+            assert len(ours.round_ms) == 2 and ours.low_ms <= ours.median_ms <= ours.high_ms
+            assert ours.relative_error < 1e-4 and ours.launch_us > 0 and ours.first_call_s > 0
+            assert ours.density == measured.density
+            factor = 1.0 if direction == "forward" else 2.5
+            flop = factor * 4 * 16 * measured.density * measured.case.possible
+            assert ours.useful_tflops == pytest.approx(flop / ours.median_ms / 1e9)
+    full = {(r.implementation, r.direction): r for r in by_case["full"].rows}
+    assert full["sdpa_flash", "forward"].relative_error < 1e-4
+    sparse = {(r.implementation, r.direction): r for r in by_case["random10"].rows}
+    assert sparse["sdpa_flash", "forward"].relative_error is None  # computes another thing
+    assert sparse["ours", "forward"].tile_efficiency <= 1.0
+    assert sparse["sdpa_cudnn", "backward"].failure.startswith("RuntimeError")
+    other = benchmark_results.row_of(by_case["bigbird"], "ours_window", "forward")
+    assert other.density != by_case["bigbird"].density
+
+
+def test_tables_and_figures_come_from_the_record_alone(grid_record):
+    cases = benchmark_results.grid_results(read_record(grid_record)).cases
+    table = benchmark_results.case_table(cases)
+    assert "random10 b16 B1 H2 S256 D16 float32" in table and "failed: RuntimeError" in table
+    ratios = benchmark_results.ratio_table(cases)
+    assert ratios.count("sdpa_flash") == 6 and ratios.count("ours_window") == 2
+    assert benchmark_results.break_even_table(cases).count("sdpa_flash") == 2
+    (figure,) = plot.draw_figures(grid_record)
+    assert figure.name == "benchmark_B1_H2_S256_D16_float32_b16_square.png"
+    assert figure.stat().st_size > 10_000
+
+
+def test_resuming_keeps_the_cases_of_the_same_environment_only(grid_record):
+    environment = read_record(grid_record).environment
+    assert len(benchmark.resumed_cases(grid_record, environment)) == 4
+    other = replace(environment, packages=environment.packages | {"torch": "0.1"})
+    with pytest.raises(SystemExit, match="packages .*numbers of one record"):
+        benchmark.resumed_cases(grid_record, other)
 
 
 def test_cpu_run_writes_times_of_both_directions(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "CPU_PROCESSES", 1)
+    monkeypatch.setattr(benchmark_cpu, "CPU_PROCESSES", 1)
     output = tmp_path / "benchmark.json"
     benchmark.main(
         ["--device", "cpu", "--length-tokens", "256", "--heads", "2", "--repetitions", "2"]
@@ -46,3 +415,5 @@ def test_cpu_run_writes_times_of_both_directions(tmp_path, capsys, monkeypatch):
     per_tile = [row["index_bytes"] / row["num_tiles"] for row in record["results"]["index"]]
     assert max(per_tile) < 1.2 * min(per_tile)  # memory is linear in the tiles kept
     assert "sdpa" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="it must be of benchmark.py over a grid"):
+        benchmark_results.grid_results(read_record(output))

@@ -1,0 +1,290 @@
+"""What a worker of the benchmark does: prepare one implementation on one case, judge it, then time it when it is its turn."""
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from benchmark_cases import (
+    DTYPES,
+    TOLERANCES,
+    Case,
+    Exact,
+    exact_answer,
+    exact_index,
+    heads_of,
+    kept_and_computed,
+    make_inputs,
+    make_layout,
+    relative_error,
+)
+from benchmark_peers import Implementation, make_implementation
+from benchmark_process import one_line
+from torch import Tensor
+
+from hf_blocksparse import Layout
+from hf_blocksparse.block_index import cached_indices, clear_cache
+
+FLUSH_BYTES = 256 << 20  # more than any L2 cache
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What is known of one direction before it is timed; `failure` instead where it does not run, or wrongly."""
+
+    first_call_s: float | None = None
+    relative_error: float | None = None
+    peak_mib: float | None = None
+    tile_efficiency: float | None = None
+    index_ms: float | None = None
+    launch_us: float | None = None
+    estimate_ms: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`kept` coefficients over all heads of one batch row, of what this implementation computes or is credited with."""
+
+    kept: int
+    density: float
+    directions: dict[str, Direction]
+
+
+class Session:
+    """One implementation on one case, in the worker."""
+
+    def __init__(self, name: str, case: Case, device: torch.device):
+        self.name, self.device = name, device
+        self.case = replace(case, kv_heads=case.heads) if name == "ours_mha" else case
+        self.leaves, self.grad_out = make_inputs(self.case, device)
+        self.implementation: Implementation | None = None
+        self.calls: dict[str, Callable[[], Any]] = {}
+
+    def prepare(self) -> Prepared:
+        """Build, call, check, and measure everything but time."""
+        layout = make_layout(self.case)
+        directions: dict[str, Direction] = {}
+        try:
+            self.implementation = make_implementation(self.name, self.case, self.device)
+            layout = self.implementation.layout or layout
+            exact = self._exact()
+            self._move_heads()
+            forward, backward = self._first_calls(exact, directions)
+            self.calls = {"forward": forward} | ({"backward": backward} if backward else {})
+        except Exception as error:  # whatever a peer raises is its result; its log has the trace
+            traceback.print_exc()
+            for direction in ("forward", "backward"):
+                directions.setdefault(direction, Direction(failure=one_line(error)))
+        # Raises if an error of the GPU has made this process useless.
+        tile = self.case.block_size if self.case.block_size > 1 else 128
+        index = exact_index(self.case, layout, tile, self.device)
+        kept, _ = kept_and_computed(index, self.case.heads)
+        return Prepared(kept, kept / self.case.possible, directions)
+
+    def _exact(self) -> Exact | None:
+        assert self.implementation is not None
+        layout = self.implementation.layout
+        if layout is None and self.case.layout in ("causal", "full"):
+            layout = make_layout(self.case)
+        if layout is None:
+            return None
+        return exact_answer(self.case, layout, self.leaves, self.grad_out)
+
+    def _move_heads(self) -> None:
+        assert self.implementation is not None
+        if self.implementation.heads_outside:
+            query, key, value = (
+                leaf.detach().transpose(1, 2).contiguous().requires_grad_() for leaf in self.leaves
+            )
+            self.leaves = (query, key, value)
+            self.grad_out = self.grad_out.transpose(1, 2).contiguous()
+
+    def _attend(self) -> Tensor:
+        assert self.implementation is not None
+        return self.implementation.attend(*self.leaves)
+
+    def _forward(self) -> Tensor:
+        with torch.no_grad():
+            return self._attend()
+
+    def _train(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._attend(), self.leaves, self.grad_out)
+
+    def _check(self, actual: Sequence[Tensor], names: Sequence[str], exact: Exact | None):
+        if exact is None:
+            return None
+        assert self.implementation is not None
+        if self.implementation.heads_outside:
+            actual = [tensor.transpose(1, 2) for tensor in actual]
+        chosen = [heads_of(self.case, exact, tensor) for tensor in actual]
+        error = relative_error(chosen, [getattr(exact, name) for name in names])
+        if not error <= TOLERANCES[DTYPES[self.case.dtype]]:
+            raise ArithmeticError(f"wrong by {error:.2e} of the exact answer ({', '.join(names)})")
+        return error
+
+    def _first_calls(self, exact: Exact | None, directions: dict[str, Direction]):
+        """Fills in `directions`; the calls to be timed."""
+        start = time.perf_counter()
+        out = self._forward()
+        self._wait()
+        first = time.perf_counter() - start
+        error = self._check([out], ["out"], exact)
+        del out
+        directions["forward"] = self._describe(self._forward, "forward", first, error)
+        try:
+            start = time.perf_counter()
+            out = self._attend()
+            gradients = torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
+            self._wait()
+            first = time.perf_counter() - start
+            names = ("out", "grad_query", "grad_key", "grad_value")
+            error = self._check([out, *gradients], names, exact)
+            del gradients, out
+            directions["backward"] = self._describe(self._train, "backward", first, error)
+            out = self._attend()
+        except Exception as failure:
+            # A peer without a backward still has a forward.
+            traceback.print_exc()
+            directions["backward"] = Direction(failure=one_line(failure))
+            return self._forward, None
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
+
+        return self._forward, backward
+
+    def _describe(
+        self, call: Callable[[], Any], direction: str, first: float, error: float | None
+    ) -> Direction:
+        call()
+        estimate = self._seconds(call)
+        return Direction(
+            first_call_s=first,
+            relative_error=error,
+            peak_mib=self._peak(call),
+            tile_efficiency=self._tile_efficiency(direction),
+            index_ms=self._index_ms(call) if self.name.startswith("ours") else None,
+            launch_us=1e6 * self._issue_seconds(call, estimate),
+            estimate_ms=1e3 * estimate,
+        )
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _issue_seconds(self, call: Callable[[], Any], estimate: float) -> float:
+        """CPU time to issue one call while the GPU has enough to do: the median of a few runs of calls without waiting."""
+        calls = max(3, min(50, round(0.1 / max(estimate, 1e-6))))
+        seconds = []
+        for _ in range(3 if estimate < 0.02 else 1):
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            seconds.append((time.perf_counter() - start) / calls)
+            self._wait()
+        return statistics.median(seconds)
+
+    def _peak(self, call: Callable[[], Any]) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        self._wait()
+        resting = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self._wait()
+        return (torch.cuda.max_memory_allocated() - resting) / 2**20
+
+    def _tile_efficiency(self, direction: str) -> float | None:
+        """Of ours: over the indices that a call of this direction asks for. The library builds one index per tile shape."""
+        assert self.implementation is not None
+        if self.name.startswith("ours"):
+            clear_cache()
+            if direction == "forward":
+                self._forward()
+            else:
+                out = self._attend()
+                clear_cache()
+                torch.autograd.grad(out, self.leaves, self.grad_out)
+            indices: Sequence = cached_indices()
+        elif self.implementation.tile is not None:
+            layout: Layout = self.implementation.layout  # type: ignore[assignment]
+            indices = [exact_index(self.case, layout, self.implementation.tile, self.device)]
+        else:
+            return None
+        counts = [kept_and_computed(index, self.case.heads) for index in indices]
+        computed = sum(computed for _, computed in counts)
+        return sum(kept for kept, _ in counts) / computed if computed else None
+
+    def _index_ms(self, call: Callable[[], Any]) -> float:
+        """How much longer a call takes when no index is known; the first build is not counted, it loads code."""
+        cold, warm = [], []
+        for _ in range(4):
+            clear_cache()
+            cold.append(self._seconds(call))
+            warm.append(self._seconds(call))
+        return 1e3 * (statistics.median(cold[1:]) - statistics.median(warm[1:]))
+
+    def times(self, direction: str, estimate_ms: float, budget_ms: float) -> list[float]:
+        """Milliseconds of each of some calls, about `budget_ms` in all.
+
+        On a GPU between events, with the L2 cache flushed before. Where the CPU needs longer to issue a call than the GPU to run it, the
+        time is the CPU's.
+        """
+        call = self.calls[direction]
+        number = max(3, min(1000, round(budget_ms / max(estimate_ms, 1e-3))))
+        if self.device.type != "cuda":
+            return [1e3 * self._seconds(call) for _ in range(number)]
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
+        call()
+        for start, end in events:
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+        self._wait()
+        return [start.elapsed_time(end) for start, end in events]
+
+
+def serve(connection: Connection, name: str, device_name: str) -> None:
+    """Answer `("prepare", case)`, `("times", direction, estimate_ms, budget_ms)` and `("free",)` until the caller hangs up."""
+    device = torch.device(device_name)
+    session: Session | None = None
+    while True:
+        try:
+            kind, *arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            value: Any = None
+            if kind == "prepare":
+                session = Session(name, *arguments, device)
+                value = session.prepare()
+            elif kind == "times":
+                assert session is not None
+                value = session.times(*arguments)
+            else:
+                session = None
+                clear_cache()
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, one_line(error)))
+        else:
+            connection.send((True, value))
