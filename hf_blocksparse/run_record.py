@@ -25,7 +25,16 @@ import torch
 Record = TypeVar("Record")
 
 FORMAT_VERSION = 1
-PACKAGES = ("hf-blocksparse", "torch", "triton", "transformers", "accelerate", "datasets")
+PACKAGES = (
+    "hf-blocksparse",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from benchmark_cases import Case, exact_index, make_layout, window_of_equal_tiles
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_blocksparse import Layout, block_sparse_attention
 from hf_blocksparse.block_index import BlockIndex
@@ -136,12 +135,18 @@ def ours(case: Case, device: torch.device, layout: Layout) -> Implementation:
     return Implementation(attend, layout)
 
 
-def sdpa(case: Case, device: torch.device, backend: SDPBackend) -> Implementation:
+def sdpa(case: Case, device: torch.device, *, is_cudnn: bool) -> Implementation:
+    """Chooses the backend for the whole process: a context manager around each call would add to the time of issuing it."""
+    torch.backends.cuda.enable_cudnn_sdp(is_cudnn)
+    torch.backends.cuda.enable_flash_sdp(not is_cudnn)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
+    gqa = case.heads != case.kv_heads
+
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=case.is_causal, enable_gqa=case.heads != case.kv_heads
-            )
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=case.is_causal, enable_gqa=gqa
+        )
 
     return Implementation(attend, None)
 
@@ -269,8 +274,7 @@ def make_implementation(name: str, case: Case, device: torch.device) -> Implemen
     if name in ("flex", "flex_autotune"):
         return flex(case, device, autotune=name == "flex_autotune")
     if name in ("sdpa_flash", "sdpa_cudnn"):
-        flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-        return sdpa(case, device, flash if name == "sdpa_flash" else cudnn)
+        return sdpa(case, device, is_cudnn=name == "sdpa_cudnn")
     kinds = {"fa4": "block-sparse", "fa4_dense": "dense", "fa4_window": "window"}
     if name in kinds:
         return flash_attention_4(case, device, kind=kinds[name])
