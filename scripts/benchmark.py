@@ -284,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"--grid {arguments.grid} has no case that the other options leave; leave some of them out, or take --grid full."
         )
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("--device got cuda; torch sees no GPU; use --device cpu.")
     environment = describe_environment(device)
     known: list[CaseResult] = []
     if on_gpu and arguments.resume and arguments.output.exists():

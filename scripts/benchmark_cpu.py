@@ -33,10 +33,13 @@ CPU = torch.device("cpu")
 class Measurement:
     """One implementation on one layout; `failure` instead of numbers where it refused.
 
+    Runs on GPUs recorded the same before they ran over grids (`benchmark_results.GridResults`), and are read with this.
+
     Attributes:
         median_ms, low_ms, high_ms: median, 20th and 80th percentile.
         useful_tflops: of kept coefficients, per second of the median.
-        tile_efficiency, index_ms: None on a CPU.
+        tile_efficiency: kept / computed coefficients, ours on a GPU only.
+        index_ms: what building the index added to the first call, ours on a GPU only.
         peak_mib: memory that forward and backward together add.
         relative_error: the largest of output and gradients, against float32.
     """

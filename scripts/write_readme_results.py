@@ -104,7 +104,7 @@ def gpu_attention() -> str:
         **Attention alone on a GPU** ({device_of(record.environment)}, {versions(record.environment)}, bfloat16, batch 1, 16 heads of 128,
         16,384 tokens). Baselines: cuDNN through SDPA, which is dense, and compiled FlexAttention with the same mask; TFLOP/s count kept
         coefficients only, the backward 2.5 times. Before it is timed, each is compared with dense attention in float32.
-        `python scripts/benchmark.py --block-sizes 128`, [record]({path}):
+        `python scripts/benchmark.py --block-sizes 128` as of {record.environment.git_commit[:7]}, before it had grids, [record]({path}):
     """)
     small_blocks = paragraph(f"""
         Blocks below 128 ([record]({small_path})), which FlexAttention refuses with its default options. Tiles hold 64 x 64 coefficients

@@ -226,6 +226,14 @@ def test_options_narrow_a_grid():
         assert ("fa4_window" in names) == (case.layout == "window")
 
 
+def test_options_that_leave_nothing_or_no_gpu_say_so(monkeypatch):
+    with pytest.raises(SystemExit, match="has no case that the other options leave"):
+        benchmark.main(["--grid=quick", "--layouts", "longformer"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no GPU; use --device cpu"):
+        benchmark.main(["--grid=quick"])
+
+
 def test_a_window_of_equal_tiles_has_as_many():
     case = Case("bigbird", 64, length_tokens=8192)
     window = benchmark_cases.window_of_equal_tiles(case)
