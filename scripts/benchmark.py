@@ -154,6 +154,9 @@ def measure_case(
                 rows.append(Row(name, direction, density, failure=failure))
             else:
                 rows.append(row(case, name, direction, prepared[name], times[name, direction]))
+        if workers[name].process is None:
+            workers[name].start()  # ready by the next case
+            continue
         try:
             workers[name].ask(("free",), arguments.limit_s)
         except WorkerFailure as failure:
