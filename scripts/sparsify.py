@@ -17,7 +17,6 @@ to `runs/NAME`.
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from attention_cost import (
     whole_model,
 )
 from corpus import PYTHON_SOURCES, Corpus, Windows, cut_windows, load_corpus
+from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import PIP_MODEL, find_model, load_model, load_tokenizer, public_name
 from sparsify_results import (
@@ -59,8 +59,6 @@ from hf_blocksparse import (
     Layout,
     PerLayer,
     SlidingWindow,
-    layout_from_dict,
-    layout_from_name,
     patch_model,
     unpatch_model,
 )
@@ -161,7 +159,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--licence", help="SPDX identifier of a local --model, for the card")
     add("--dataset", default=PYTHON_SOURCES, help="python-stdlib, sotu, a file, folder or hub id")
     add("--text-column", default="text", help="column of .jsonl, .parquet and hub datasets")
-    add("--layout", help="a preset's name, or JSON such as " + json.dumps(PRESETS["cpu"].layout))
+    add("--layout", help=LAYOUT_HELP)
     add("--name", help="of the result; default: model, layout and context")
     add("--device", default="cpu", choices=sorted(PRESETS))
     add("--dtype", choices=("float32", "bfloat16"), help="computed in; weights stay float32")
@@ -226,21 +224,6 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
         )
     arguments.layout = read_layout(arguments.layout)
     return arguments
-
-
-def read_layout(value: str | dict[str, Any]) -> Layout:
-    """A layout from a preset's name, from JSON, or from the dict of JSON."""
-    if isinstance(value, dict):
-        return layout_from_dict(value)
-    if not value.lstrip().startswith("{"):
-        return layout_from_name(value)
-    try:
-        return layout_from_dict(json.loads(value))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"layout got {value!r}, which is not JSON ({error}); it must be a preset's name or a "
-            'JSON object such as {"kind": "sliding_window", "window": 1024}; quote it for the shell.'
-        ) from error
 
 
 class Phases:
