@@ -74,9 +74,15 @@ def check_block_size(block_size: object, owner: str) -> None:
 
 
 class Layout:
-    """Base of all layouts. Combine with `|` (union) and `&` (intersection)."""
+    """Base of all layouts. Combine with `|` (union) and `&` (intersection).
+
+    Class attributes:
+        kind: the name in JSON.
+        since: the release that first computes it with all its fields; a checkpoint says which release it needs.
+    """
 
     kind: ClassVar[str]
+    since: ClassVar[str] = "0.1.0"
 
     @property
     def grain(self) -> int:
@@ -413,6 +419,11 @@ class _TableLayout(Layout):
         fields = dict(fields)
         if "shape" in fields:
             fields["shape"] = tuple(fields["shape"])
+        if isinstance(fields.get("data"), Mapping):
+            raise ValueError(
+                f"{cls.__name__}: data got {dict(fields['data'])!r}, which stands in a file of its own; only from_pretrained and "
+                "hf_blocksparse's own readers look there; load the configuration with from_pretrained."
+            )
         if "data" in fields:
             try:
                 fields["data"] = base64.b64decode(fields["data"])

@@ -2,9 +2,10 @@
 
 The model's configuration is the one truth: its section `block_sparse` maps layers to layouts,
 
-    {"version": 1, "layouts": {"*": {"kind": "sink_window", ...}}}                          every attention layer
-    {"version": 1, "layouts": {"0": {...}, "encoder.layers.3.self_attn": {...}}}            these; the others stay dense
+    {"version": 1, "layouts": {"*": {"kind": "sink_window", ...}}, ...}                     every attention layer
+    {"version": 1, "layouts": {"0": {...}, "encoder.layers.3.self_attn": {...}}, ...}       these; the others stay dense
 
+with the release that wrote it (`library_version`) and the oldest one that computes all of it (`min_library_version`),
 and it stands in the configuration its attention modules belong to: the text part's in a multimodal model. Keys are layer numbers,
 or module paths (without the base model's prefix) where numbers are ambiguous. This module reads and writes the section, finds the
 attention modules, and hangs a `LayerAttention` on each.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import resolve_layout
-from hf_blocksparse.layouts import Dense, Layout, PerLayer, layout_from_dict
+from hf_blocksparse.layouts import KINDS, Dense, Layout, PerLayer, layout_from_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -123,14 +125,49 @@ def layouts_by_layer(value: object, block_size: int | None = None) -> dict[Layer
 
 def write_section(layouts: Mapping[LayerKey, Layout]) -> dict[str, Any]:
     """The section that stands for `layouts`: JSON-ready, the same after a round trip."""
+    stored = {str(key): layout.to_dict() for key, layout in layouts.items()}
     return {
         "version": SECTION_VERSION,
-        "layouts": {str(key): layout.to_dict() for key, layout in layouts.items()},
+        "library_version": _installed_version(),
+        "min_library_version": max(_since(stored), key=_release),
+        "layouts": stored,
     }
 
 
+def _installed_version() -> str:
+    import hf_blocksparse  # which imports this module
+
+    return hf_blocksparse.__version__
+
+
+def _since(value: object) -> Iterator[str]:
+    """The release of every layout in JSON data."""
+    if isinstance(value, Mapping):
+        if "kind" in value:
+            yield KINDS[value["kind"]].since
+        value = list(value.values())
+    if isinstance(value, list):
+        for child in value:
+            yield from _since(child)
+
+
+def _release(version: object) -> tuple[int, ...]:
+    """The numbers of a release, in order; ValueError where it is none."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    if found is None:
+        raise ValueError(
+            f"config.{SECTION}: min_library_version got {version!r}; it must be a release such as '0.1.0'; correct it."
+        )
+    return tuple(int(number or 0) for number in found.groups())
+
+
 def read_section(section: object) -> dict[LayerKey, Layout]:
-    """Layouts by layer from a section. Unknown keys, newer versions and wrong values raise ValueError or TypeError."""
+    """Layouts by layer from a section.
+
+    Unknown keys of a newer section are passed over with a warning, as they cannot change what is computed: a section that this release
+    cannot compute says so in `min_library_version`. In a section of this version they raise, as do wrong values, unknown layouts and a
+    `min_library_version` that is not installed.
+    """
     if not isinstance(section, Mapping):
         raise TypeError(
             f"config.{SECTION} got {type(section).__name__}; it must be a dict with 'version' and 'layouts'; "
@@ -141,11 +178,28 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
         raise ValueError(
             f"config.{SECTION}: version got {version!r}; it must be a positive integer; this release writes {SECTION_VERSION}."
         )
-    unknown = sorted(map(str, set(section) - {"version", "layouts"}))
-    if version > SECTION_VERSION or unknown:
+    needed = section.get("min_library_version")
+    if needed is None and version > SECTION_VERSION:
         raise ValueError(
-            f"config.{SECTION} got version {version} with the unknown keys {unknown}; this release of hf-blocksparse reads version "
-            f"{SECTION_VERSION} without them; upgrade hf-blocksparse if a newer release wrote this checkpoint."
+            f"config.{SECTION} got version {version} without min_library_version; from version {SECTION_VERSION} on a section says which "
+            "release it needs; upgrade hf-blocksparse."
+        )
+    if needed is not None and _release(needed) > _release(_installed_version()):
+        raise ValueError(
+            f"config.{SECTION}: min_library_version got {needed!r}; hf-blocksparse {_installed_version()} cannot compute these layouts; "
+            f"upgrade: pip install 'hf-blocksparse>={needed}'."
+        )
+    known = {"version", "library_version", "min_library_version", "layouts"}
+    if unknown := sorted(map(str, set(section) - known)):
+        if version == SECTION_VERSION:
+            raise ValueError(
+                f"config.{SECTION} got the unknown keys {unknown}; version {version} knows {sorted(known)}; correct or drop them."
+            )
+        warnings.warn(
+            f"config.{SECTION} was written by hf-blocksparse {section.get('library_version')} and has the keys {unknown}, which "
+            f"{_installed_version()} does not know; they do not change what is computed, and are lost when the model is saved again; "
+            "upgrade hf-blocksparse to keep them.",
+            stacklevel=2,
         )
     layouts = section.get("layouts")
     if not isinstance(layouts, Mapping) or not layouts:

@@ -21,6 +21,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.layout_files import (
+    find_beside,
+    read_tables,
+    refers_to_tables,
+    tables_beside,
+)
 from hf_blocksparse.layouts import BlockDiagonal, Layout, SlidingWindow
 from hf_blocksparse.model_layouts import (
     ALL_LAYERS,
@@ -336,6 +343,7 @@ def _register_configuration(module: ModuleType) -> None:
         _store(self, None, switch=True)
 
     post_init, from_dict, to_diff_dict = base.__post_init__, base.from_dict, base.to_diff_dict
+    get_config_dict, to_json_file = base.get_config_dict, base.to_json_file
 
     @functools.wraps(post_init)
     def post_init_with_section(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -362,7 +370,27 @@ def _register_configuration(module: ModuleType) -> None:
             saved["attn_implementation"] = implementation
         return saved
 
+    @functools.wraps(get_config_dict.__func__)
+    def get_config_dict_with_tables(cls: Any, source: Any, **kwargs: Any) -> Any:
+        config_dict, unused = get_config_dict.__func__(cls, source, **kwargs)
+        if refers_to_tables(config_dict):
+            config_dict = read_tables(config_dict, find_beside(str(source), kwargs))
+        return config_dict, unused
+
+    @functools.wraps(to_json_file)
+    def to_json_file_with_tables(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+        path = Path(json_file_path)
+        if path.name != module.CONFIG_NAME:
+            # A file of its own is whole.
+            to_json_file(self, json_file_path, use_diff)
+            return
+        parts = [vars(part) for _, part in registered_configs(self)]
+        with tables_beside(parts, SECTION, path.parent):
+            to_json_file(self, json_file_path, use_diff)
+
     base.__post_init__ = post_init_with_section
+    base.get_config_dict = classmethod(get_config_dict_with_tables)
+    base.to_json_file = to_json_file_with_tables
     base.from_dict = classmethod(from_dict_with_section)
     base.to_diff_dict = to_diff_dict_with_implementation
     setattr(base, SECTION, property(get_section, set_section, delete_section))

@@ -1,10 +1,20 @@
 """A layout survives saving and loading, switches a dense checkpoint by itself, and is never dropped in silence."""
 
+import hashlib
 import json
+import pickle
+import shutil
+import tomllib
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_patch import bart, llava
 from tiny_models import make_batch, make_model
 from transformers import (
@@ -18,6 +28,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+import hf_blocksparse
 from hf_blocksparse import (
     BigBird,
     Dense,
@@ -28,7 +39,7 @@ from hf_blocksparse import (
     SlidingWindow,
     TensorLayout,
 )
-from hf_blocksparse.model_layouts import state_of
+from hf_blocksparse.model_layouts import read_section, state_of, write_section
 from hf_blocksparse.patch import patch_model, unpatch_model
 
 torch.manual_seed(0)
@@ -169,7 +180,12 @@ def test_a_configuration_that_carries_the_section(dense_checkpoint):
     del config.block_sparse
     assert not states(AutoModelForCausalLM.from_config(config))
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, block_sparse=Dense())
-    assert config.block_sparse == {"version": 1, "layouts": {"*": Dense().to_dict()}}
+    assert config.block_sparse == {
+        "version": 1,
+        "library_version": hf_blocksparse.__version__,
+        "min_library_version": "0.1.0",
+        "layouts": {"*": Dense().to_dict()},
+    }
 
 
 def test_an_explicit_implementation_wins_and_warns(dense_checkpoint, tmp_path):
@@ -305,18 +321,214 @@ def test_wrong_sections_are_refused(section, error, message, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"version": 2, "layouts": {"*": STORED}},
-        {"version": 1, "layouts": {"*": STORED}, "sinks": {"*": 1}},
-    ],
-    ids=["newer version", "unknown key"],
-)
-def test_sections_of_newer_releases_are_refused(section, tmp_path):
+NEWER = {"version": 2, "library_version": "9.9.1", "min_library_version": "0.1.0"}
+
+
+def test_unknown_keys_of_a_newer_release_warn(tmp_path):
+    section = NEWER | {"layouts": {"*": STORED}, "notes": {"*": 1}}
     save_with_section(tmp_path, section)
-    with pytest.raises(ValueError, match="upgrade hf-blocksparse if a newer release wrote this"):
+    with pytest.warns(UserWarning, match=r"hf-blocksparse 9.9.1 and has the keys \['notes'\]"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = patch_model(make_model("llama", "sdpa"), SlidingWindow(3))
+    assert torch.equal(model(**make_batch()).logits, expected(**make_batch()).logits)
+    assert model.config.block_sparse == expected.config.block_sparse
+    save_with_section(tmp_path, NEWER | {"layouts": {"*": STORED}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            NEWER | {"min_library_version": "9.9.0", "layouts": {"*": {"kind": "spiral"}}},
+            "min_library_version got '9.9.0'; hf-blocksparse .* cannot compute",
+        ),
+        (
+            {"version": 1, "min_library_version": "0.10.0", "layouts": {"*": STORED}},
+            "min_library_version got '0.10.0'; .* upgrade: pip install 'hf-blocksparse>=0.10.0'",
+        ),
+        (NEWER | {"layouts": {"*": {"kind": "spiral"}}}, "layout got kind 'spiral'"),
+        (NEWER | {"layouts": {"*": STORED | {"turns": 2}}}, r"the keys \['turns'\] for kind"),
+        ({"version": 2, "layouts": {"*": STORED}}, "version 2 without min_library_version"),
+        (NEWER | {"min_library_version": 3, "layouts": {"*": STORED}}, "got 3; it must be a rel"),
+        (
+            {"version": 1, "layouts": {"*": STORED}, "notes": {"*": 1}},
+            r"unknown keys \['notes'\]; version 1 knows",
+        ),
+    ],
+    ids=["newer", "newer minor", "kind", "field", "no minimum", "no release", "this version"],
+)
+def test_sections_that_cannot_be_computed_are_refused(section, message, tmp_path):
+    save_with_section(tmp_path, section)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_section_needs_the_release_of_its_newest_layout(monkeypatch):
+    monkeypatch.setattr(SinkWindow, "since", "0.1.7")
+    mixed = {0: SlidingWindow(3), 1: PerHead((Dense(), SlidingWindow(4) | SinkWindow(1, 2)))}
+    assert write_section(mixed)["min_library_version"] == "0.1.7"
+    assert write_section({0: SlidingWindow(3)})["min_library_version"] == "0.1.0"
+    with pytest.raises(ValueError, match="min_library_version got '0.1.7'"):
+        read_section(write_section(mixed))
+
+
+def test_the_version_is_the_project_s():
+    with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
+        assert tomllib.load(file)["project"]["version"] == hf_blocksparse.__version__
+
+
+torch.manual_seed(2)
+LARGE = TensorLayout.from_tensor((torch.rand(4, 256, 256) > 0.5) | torch.eye(256).bool(), 16)
+LARGE_MASK = MaskLayout.from_tensor((torch.rand(640, 640) > 0.5) | torch.eye(640).bool())
+TENSORS = "block_sparse_layouts.safetensors"
+
+
+@pytest.fixture
+def large_checkpoint(tmp_path):
+    layout = {0: LARGE | SlidingWindow(3), 1: PerHead((LARGE_MASK, Dense(), LARGE_MASK, Dense()))}
+    path = tmp_path / "large"
+    patch_model(make_model("llama", "sdpa"), layout).save_pretrained(path)
+    return path
+
+
+def test_large_tensors_travel_beside_the_configuration(large_checkpoint, tmp_path):
+    text = (large_checkpoint / "config.json").read_text()
+    first = json.loads(text)["block_sparse"]["layouts"]["0"]["layouts"][0]
+    second = json.loads(text)["block_sparse"]["layouts"]["1"]["layouts"]
+    assert len(text) < 8_000 and second[0] == second[2]
+    assert (first["shape"], first["block_size"]) == ([4, 256, 256], 16)
+    with safe_open(large_checkpoint / TENSORS, framework="pt") as file:
+        assert sorted(file.keys()) == sorted({first["data"]["tensor"], second[0]["data"]["tensor"]})
+        bits = file.get_tensor(first["data"]["tensor"])
+    assert first["data"]["file"] == TENSORS
+    assert first["data"]["sha256"] == hashlib.sha256(bits.numpy().tobytes()).hexdigest()
+    assert torch.equal(
+        (bits[:, None] >> torch.arange(8) & 1).bool().view(4, 256, 256), LARGE.table()
+    )
+
+    batch, path = make_batch(), large_checkpoint
+    for generation in ("second", "third"):
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+        layouts = [state.layout for state in states(model)]
+        assert layouts == [LARGE | SlidingWindow(3), PerHead((LARGE_MASK, Dense()) * 2)]
+        path = tmp_path / generation
+        model.save_pretrained(path)
+        assert (path / "config.json").read_text() == text
+        assert (path / TENSORS).read_bytes() == (large_checkpoint / TENSORS).read_bytes()
+        # In memory, and in any other file, the section is whole.
+        assert "sha256" not in model.config.to_json_string()
+    model.config.to_json_file(tmp_path / "whole.json")
+    assert LlamaConfig.from_json_file(tmp_path / "whole.json").block_sparse == (
+        model.config.block_sparse
+    )
+    dense = make_model("llama", "sdpa")(**batch).logits
+    assert not torch.equal(model(**batch).logits, dense)
+    # A later save in the same folder leaves nothing behind.
+    patch_model(model, SlidingWindow(3)).save_pretrained(path)
+    assert not (path / TENSORS).exists() and states(AutoModelForCausalLM.from_pretrained(path))
+
+
+def test_every_way_to_load_large_tensors(large_checkpoint):
+    sections = [
+        AutoConfig.from_pretrained(large_checkpoint).block_sparse,
+        LlamaConfig.from_pretrained(large_checkpoint / "config.json").block_sparse,
+        LlamaForCausalLM.from_pretrained(large_checkpoint).config.block_sparse,
+        AutoModel.from_pretrained(large_checkpoint.parent, subfolder="large").config.block_sparse,
+    ]
+    assert all(section == sections[0] for section in sections)
+    with pytest.raises(ValueError, match="TensorLayout: data got .* stands in a file of its own"):
+        LlamaConfig.from_json_file(large_checkpoint / "config.json")
+
+
+def test_a_multimodal_model_writes_one_file(tmp_path):
+    model = llava()
+    patch_model(model, LARGE_MASK).save_pretrained(tmp_path)
+    with safe_open(tmp_path / TENSORS, framework="pt") as file:
+        assert len(file.keys()) == 1
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert [state.layout for state in states(loaded)] == [LARGE_MASK] * 3
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_from_the_cache_of_the_hub(large_checkpoint, tmp_path, no_network):
+    """What the hub's client leaves in its cache, and then no network."""
+    commit = "0" * 40
+    repository = tmp_path / "cache" / "models--someone--sparse"
+    shutil.copytree(large_checkpoint, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    options = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained("someone/sparse", **options)
+    assert states(model)[0].layout == LARGE | SlidingWindow(3)
+    (repository / "snapshots" / commit / TENSORS).unlink()
+    with pytest.raises(FileNotFoundError, match=f"of {TENSORS}, which is missing"):
+        AutoModelForCausalLM.from_pretrained("someone/sparse", **options)
+
+
+@pytest.mark.parametrize("what", ["model", "config", "method"])
+def test_what_is_pushed_is_complete(what, large_checkpoint, tmp_path, monkeypatch, no_network):
+    pushed = {}
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        for operation in operations:
+            pushed[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)
+    )
+    model = AutoModelForCausalLM.from_pretrained(large_checkpoint)
+    if what == "method":
+        model.push_to_hub("someone/sparse")
+    else:
+        part = model if what == "model" else model.config
+        part.save_pretrained(str(tmp_path / "out"), push_to_hub=True, repo_id="someone/sparse")
+    assert {"config.json", TENSORS} <= set(pushed)
+    assert pushed[TENSORS] == (large_checkpoint / TENSORS).read_bytes()
+
+
+def test_nothing_is_unpickled(large_checkpoint, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert states(AutoModelForCausalLM.from_pretrained(large_checkpoint, trust_remote_code=False))
+
+
+def test_damaged_tensors_are_refused(large_checkpoint):
+    config, file = large_checkpoint / "config.json", large_checkpoint / TENSORS
+    text, content = config.read_text(), file.read_bytes()
+    data = json.loads(text)["block_sparse"]["layouts"]["0"]["layouts"][0]["data"]
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_pretrained(large_checkpoint)
+        config.write_text(text)
+        file.write_bytes(content)
+
+    changed = tensors[data["tensor"]].clone()
+    changed[5] ^= 1
+    save_file(tensors | {data["tensor"]: changed}, file)
+    refused("with sha256 .* was saved; the file is damaged")
+    save_file({"other": changed}, file)
+    refused("which cannot be read .*; both files must come from one save")
+    file.write_bytes(b"not tensors")
+    refused("which cannot be read")
+    config.write_text(text.replace(f'"{TENSORS}"', '"../elsewhere.safetensors"'))
+    refused("with the name of a safetensors file beside it")
+    config.write_text(text.replace('"sha256"', '"md5"'))
+    refused("it must hold")
 
 
 @pytest.mark.parametrize(
