@@ -8,6 +8,7 @@ Importing this package loads neither Triton nor transformers and asks for no GPU
 transformers loads it after this import.
 """
 
+from hf_blocksparse.adapters import norm_and_embedding_options, patch_model_for_adapter
 from hf_blocksparse.attention import block_sparse_attention
 from hf_blocksparse.layouts import (
     BigBird,
@@ -59,7 +60,9 @@ __all__ = [
     "layout_from_name",
     "layout_to_mask",
     "mask_to_layout",
+    "norm_and_embedding_options",
     "patch_model",
+    "patch_model_for_adapter",
     "unpatch_model",
 ]
 

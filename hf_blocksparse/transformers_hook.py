@@ -472,10 +472,23 @@ def state_missing(model: nn.Module) -> bool:
     return not any(state_of(module) for module in model.modules())
 
 
-_REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.configuration_utils": _register_configuration,
-    "transformers.modeling_utils": _register_modeling,
+_REGISTRATIONS: dict[str, list[Callable[[ModuleType], None]]] = {
+    "transformers.configuration_utils": [_register_configuration],
+    "transformers.modeling_utils": [_register_modeling],
 }
+_REGISTERED = "_block_sparse_registered"
+
+
+def also_register(name: str, register: Callable[[ModuleType], None]) -> None:
+    """Have `register(module)` called, too, when the module `name` is imported."""
+    _REGISTRATIONS.setdefault(name, []).append(register)
+
+
+def _register(module: ModuleType) -> None:
+    if _REGISTERED not in module.__dict__:
+        module.__dict__[_REGISTERED] = True
+        for register in _REGISTRATIONS[module.__name__]:
+            register(module)
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -499,7 +512,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _REGISTRATIONS[fullname](module)
+            _register(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -508,12 +521,12 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 def register_when_imported() -> None:
     """Connect to transformers now if it is loaded, otherwise as soon as it is. Loads nothing itself; may be called again."""
     waiting = set()
-    for name, register in _REGISTRATIONS.items():
+    for name in _REGISTRATIONS:
         module = sys.modules.get(name)
         if module is None:
             waiting.add(name)
         else:
-            register(module)
+            _register(module)
     known = [finder for finder in sys.meta_path if isinstance(finder, _RegisterAfterImport)]
     for finder in known:
         waiting -= finder.waiting
