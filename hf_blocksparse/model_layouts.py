@@ -181,8 +181,8 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
     needed = section.get("min_library_version")
     if needed is None and version > SECTION_VERSION:
         raise ValueError(
-            f"config.{SECTION} got version {version} without min_library_version; from version {SECTION_VERSION} on a section says which "
-            "release it needs; upgrade hf-blocksparse."
+            f"config.{SECTION} got version {version} without min_library_version; a section newer than {SECTION_VERSION} must say which "
+            "release it needs; correct it."
         )
     if needed is not None and _release(needed) > _release(_installed_version()):
         raise ValueError(

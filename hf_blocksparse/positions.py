@@ -141,6 +141,12 @@ def extend_positions(
         changes["rope_parameters"] = _scaled_parameters(
             text, method, max_position_embeddings, limit, layer_types, dict(rope_options or {})
         )
+    if rope_options and max_position_embeddings == limit:
+        if changes["rope_parameters"] != text.rope_parameters:
+            raise ValueError(
+                f"rope_options got {dict(rope_options)} for {type(model).__name__}, which has {limit} positions already; they are set when "
+                "positions are extended; start from the model before that."
+            )
     if max_position_embeddings > limit:
         plan = _make_plan(model, changes, method)
         plan.apply()

@@ -183,6 +183,8 @@ def test_other_positions_warn(tmp_path):
 
 def test_damaged_files_are_refused(adapter):
     folder, _ = adapter
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at"):
+        peft.PeftModel.from_pretrained(base(), folder / "missing")
     for text in ("{", "[]", '{"sections": {}}', '{"sections": 1, "positions": {}}'):
         (folder / FILE).write_text(text)
         with pytest.raises(ValueError, match=f"whose {FILE} cannot be read"):

@@ -186,6 +186,11 @@ def test_two_extensions_equal_one(family, method):
     extend_positions(twice, 1280, method=method)
     assert twice.config.to_dict() == config.to_dict()
     assert all(buffer is buffers[name] for name, buffer in twice.named_buffers())
+    if method == "yarn" and family == "llama":
+        with pytest.raises(
+            ValueError, match="rope_options got .* which has 1280 positions already"
+        ):
+            extend_positions(twice, 1280, rope_options={"beta_fast": 16})
     other = "linear" if method != "linear" else "yarn"
     for limit in (1280, 2048):
         with pytest.raises(ValueError, match=f"are {method!r} already; two scalings cannot be"):
