@@ -132,6 +132,20 @@ def _resolve_mask(attn_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
     return attn_mask.view(shape).expand(shape[0], shape[1], target[2], target[3])
 
 
+def _resolve_slopes(alibi_slopes: Tensor, query: Tensor) -> Tensor:
+    """[batch, query_heads] of the accumulator's dtype."""
+    _check_is_tensor("alibi_slopes", alibi_slopes, query.device)
+    batch, heads = query.shape[:2]
+    shape = tuple(alibi_slopes.shape)
+    if shape not in ((heads,), (batch, heads)) or not alibi_slopes.dtype.is_floating_point:
+        raise ValueError(
+            f"alibi_slopes got {alibi_slopes.dtype} of shape {shape}; it must be floating point of shape (query_heads,) = ({heads},) or "
+            f"(batch, query_heads) = {(batch, heads)}; give one slope per query head."
+        )
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return alibi_slopes.to(dtype).expand(batch, heads)
+
+
 def _resolve_sequences(
     query: Tensor,
     kv_len: int,
@@ -215,7 +229,9 @@ def _version_of(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
+def _choose(
+    impl: str, query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None
+) -> ModuleType:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"impl got {impl!r}; it must be one of {IMPLEMENTATIONS}; 'auto' takes Triton on a GPU and torch elsewhere."
@@ -224,11 +240,11 @@ def _choose(impl: str, query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
 
     if impl == "torch" or (impl == "auto" and query.device.type == "cpu"):
         chosen: ModuleType = torch_blocks
-        reasons = torch_blocks.unsupported(query, key, value)
+        reasons = torch_blocks.unsupported(query, key, value, alibi_slopes)
     else:
         from hf_blocksparse.ops import triton as chosen
 
-        reasons = chosen.unsupported(query, key, value)
+        reasons = chosen.unsupported(query, key, value, alibi_slopes)
         if reasons and impl == "auto":
             _say_once(f"block_sparse_attention runs in torch operations: {'; '.join(reasons)}.")
             return torch_blocks
@@ -264,6 +280,7 @@ def block_sparse_attention(
     enable_gqa: bool = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
     allow_empty_rows: bool = ...,
     return_lse: Literal[False] = ...,
     impl: Implementation = ...,
@@ -289,6 +306,7 @@ def block_sparse_attention(
     enable_gqa: bool = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
     allow_empty_rows: bool = ...,
     return_lse: Literal[True],
     impl: Implementation = ...,
@@ -313,6 +331,7 @@ def block_sparse_attention(
     enable_gqa: bool = True,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     allow_empty_rows: bool = False,
     return_lse: bool = False,
     impl: Implementation = "auto",
@@ -341,6 +360,9 @@ def block_sparse_attention(
         enable_gqa: False refuses fewer key heads than query heads.
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: (query_heads,) logits that take part in the softmax without a value (gpt-oss).
+        alibi_slopes: (query_heads,) or (batch, query_heads), floating point: scores become `score - slope * |i - j|` for the positions
+            i of the query and j of the key in their sequence ("Train Short, Test Long", arXiv 2108.12409), after the softcap. Holes in
+            `key_padding_mask` count as positions.
         allow_empty_rows: accept a layout that leaves queries without a key: output 0, LSE -inf, zero gradients. Padding and
             `attn_mask` may always do that.
         return_lse: also return the log-sum-exp of each row's kept scores, float32 (batch, query_heads, query_len), natural logarithm.
@@ -348,7 +370,7 @@ def block_sparse_attention(
 
     Returns:
         (batch, query_heads, query_len, value_dim) in query's dtype, accumulated in float32; with `return_lse` also the LSE. Gradients
-        flow to query, key, value, sinks, and back from the LSE; second derivatives with impl="torch" only.
+        flow to query, key, value, sinks, and back from the LSE; to alibi_slopes, and second derivatives, with impl="torch" only.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message says which, why and what to do.
@@ -371,6 +393,8 @@ def block_sparse_attention(
                 f"sinks got {sinks.dtype} of shape {tuple(sinks.shape)}; it must be floating point of shape (query_heads,) = ({heads},); "
                 "give one logit per query head."
             )
+    if alibi_slopes is not None:
+        alibi_slopes = _resolve_slopes(alibi_slopes, query)
     mask = None if attn_mask is None else _resolve_mask(attn_mask, query, kv_len)
     where, holes = _resolve_sequences(
         query, kv_len, query_start, key_padding_mask, document_ids, sequences
@@ -384,7 +408,7 @@ def block_sparse_attention(
     # The backward builds its index from the mask again.
     mask_owner = mask if mask_owner is None else mask_owner
     mask_version = _version_of(mask_owner)
-    chosen = _choose(impl, query, key, value)
+    chosen = _choose(impl, query, key, value, alibi_slopes)
 
     def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
         options: dict[str, Any] = dict(
@@ -422,9 +446,9 @@ def block_sparse_attention(
     if torch.is_autocast_enabled(query.device.type):
         # It would round the scores to its dtype; accumulation is in float32.
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = chosen.attention(query, key, value, sinks, problem)
+            out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
     else:
-        out, lse = chosen.attention(query, key, value, sinks, problem)
+        out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
     return (out, lse) if return_lse else out
 
 

@@ -46,7 +46,7 @@ class Case:
     head_dim: int
     block_size: int
     value_dim: int | None = None
-    features: bool = False  # softcap, dropout and sinks
+    features: bool = False  # softcap, ALiBi, dropout and sinks
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
 
@@ -131,6 +131,7 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
         ),
         "score_scale": FLOAT,
         "softcap_scale": FLOAT if case.features else none,
+        "alibi_slopes": pointer("fp32") if case.features else none,
         "dropout": Dropout(pointer("i64"), INT, FLOAT) if case.features else none,
         "group_size": Constant(1) if case.group_size == 1 else INT,
         "HEAD_DIM": Constant(case.head_dim),

@@ -96,13 +96,19 @@ def dense_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     factor: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in the inputs' dtype. `mask`: bool, `factor`: of dropout, both [batch, heads, query, key]."""
+    """Output and log-sum-exp in the inputs' dtype.
+
+    `mask`: bool, `factor`: of dropout, `bias`: added to the scores after the softcap, all [batch, heads, query, key].
+    """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores)
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)

@@ -203,6 +203,36 @@ def test_sinks_take_part_in_the_softmax():
     assert_same((*inputs, sinks), ours, dense_attention(*inputs, mask, sinks=sinks))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(HEADS,), (BATCH, HEADS)], ids=str)
+def test_alibi_slopes_bias_by_distance(shape, is_causal):
+    inputs = make_inputs(60, 100)
+    slopes = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    distance = (torch.arange(40, 100)[:, None] - torch.arange(100)).abs()
+    for layout in (SinkWindow(5, 30), PerHead((Dense(), SlidingWindow(9), BigBird(32), Dense()))):
+        mask = layout_mask(layout, 60, 100, is_causal)
+        bias = -slopes.expand(BATCH, HEADS)[..., None, None] * distance
+        options = dict(is_causal=is_causal, softcap=3.0, alibi_slopes=slopes, return_lse=True)
+        ours = block_sparse_attention(*inputs, layout, **options)
+        expected = dense_attention(*inputs, mask, softcap=3.0, bias=bias)
+        assert_same((*inputs, slopes), ours, expected)
+
+
+def test_alibi_slopes_count_positions_of_the_sequence():
+    """Padding and packed documents change no output: what differs between their tokens is where they stand in the tensor."""
+    query, key, value = make_inputs(100)
+    options = dict(is_causal=True, alibi_slopes=torch.tensor([0.5, 0.1, 0.9, 0.3]))
+    alone = block_sparse_attention(
+        query[:, :, 30:90], key[:, :, 30:90], value[:, :, 30:90], SinkWindow(5, 30), **options
+    )
+    ids = torch.full((BATCH, 100), -1)
+    ids[:, 3:30], ids[:, 30:90] = 0, 1
+    padding = ids == 1
+    for where in (dict(document_ids=ids), dict(key_padding_mask=padding)):
+        out = block_sparse_attention(query, key, value, SinkWindow(5, 30), **where, **options)
+        torch.testing.assert_close(out[:, :, 30:90], alone)
+
+
 def test_rows_without_keys_give_zero():
     query, key, value = make_inputs()
     blocks = torch.eye(7)
@@ -225,13 +255,16 @@ def test_second_derivatives():
         torch.randn(1, heads, 20, 8, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)
     )
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
 
-    def attend(query, key, value, sinks):
-        options = dict(is_causal=True, softcap=3.0, sinks=sinks, return_lse=True)
-        return block_sparse_attention(query, key, value, SinkWindow(2, 5), **options)
+    def attend(query, key, value, sinks, slopes):
+        options = dict(softcap=3.0, sinks=sinks, alibi_slopes=slopes, return_lse=True)
+        return block_sparse_attention(
+            query, key, value, SinkWindow(2, 5), is_causal=True, **options
+        )
 
-    assert torch.autograd.gradcheck(attend, (query, key, value, sinks))
-    assert torch.autograd.gradgradcheck(attend, (query, key, value, sinks))
+    assert torch.autograd.gradcheck(attend, (query, key, value, sinks, slopes))
+    assert torch.autograd.gradgradcheck(attend, (query, key, value, sinks, slopes))
 
 
 def test_perturbing_unlisted_and_future_keys_changes_nothing():
@@ -339,6 +372,10 @@ def bad_call(**changes):
         (dict(sinks=torch.ones(3)), r"sinks got torch.float32 of shape \(3,\); .* of shape \(query_heads,\) = \(4,\)"),
         (dict(sinks=torch.ones(4, dtype=torch.int64)), r"sinks got torch.int64 of shape \(4,\); it must be floating point"),
         (dict(sinks=torch.ones(4, device="meta")), r"sinks is on meta; it must be on the device of query, cpu; move it"),
+        (dict(alibi_slopes=torch.ones(3)), r"alibi_slopes got torch.float32 of shape \(3,\); .*\(batch, query_heads\) = \(2, 4\)"),
+        (dict(alibi_slopes=torch.ones(1, 4)), r"alibi_slopes got torch.float32 of shape \(1, 4\); .* give one slope per query head"),
+        (dict(alibi_slopes=torch.ones(4, dtype=torch.int64)), r"alibi_slopes got torch.int64 of shape \(4,\); it must be floating point"),
+        (dict(alibi_slopes=torch.ones(4, device="meta")), r"alibi_slopes is on meta; it must be on the device of query, cpu; move it"),
         (dict(scale=float("nan")), r"scale got nan; it must be finite"),
         (dict(attn_mask=torch.ones(64, 64, dtype=torch.bool, device="meta")), r"attn_mask is on meta; it must be on the device of query"),
         (dict(sequences=Sequences.uniform(3, 64, 64, 0, torch.device("cpu"))),
@@ -377,6 +414,7 @@ def test_bad_input_is_refused_with_the_remedy(changes, message):
         (dict(key_padding_mask=[[True]]), r"key_padding_mask got list; it must be a tensor"),
         (dict(document_ids=[[0]]), r"document_ids got list; it must be a tensor"),
         (dict(sinks=[0.0] * 4), r"sinks got list; it must be a tensor"),
+        (dict(alibi_slopes=[0.5] * 4), r"alibi_slopes got list; it must be a tensor"),
         (dict(sequences=torch.zeros(1, 7)), r"sequences got Tensor; it must be a Sequences; make one"),
         (dict(query_start=1.5), r"query_start got 1.5; it must be an integer"),
         (dict(attn_mask=torch.ones(64, 64)), r"attn_mask got dtype torch.float32; it must be bool.*convert a 0/1 mask with .bool\(\)"),

@@ -303,8 +303,16 @@ def test_every_reason_against_the_forward_kernel_is_given():
     query = torch.zeros(1, 1, 8, 137, device="cuda")[..., 1:]
     value = torch.zeros(1, 1, 8, 24, device="cuda")
     problem = replace(problem_of(CASES["one token"], "cuda"), softcap=1.0, dropout_p=0.5)
-    reasons = "; ".join(hopper.unsupported_forward(query, query, value, value, problem))
-    for reason in ("float32", "head_dim is 136", "value_dim is 24", "softcap", "sinks", "dropout"):
+    reasons = "; ".join(hopper.unsupported_forward(query, query, value, value, problem, value))
+    for reason in (
+        "float32",
+        "head_dim is 136",
+        "value_dim is 24",
+        "softcap",
+        "sinks",
+        "ALiBi",
+        "dropout",
+    ):
         assert reason in reasons
     assert "query has strides" in reasons and "value has strides" not in reasons
 

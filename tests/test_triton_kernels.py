@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ class Scenario:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    alibi: Literal["by head", "by batch row and head"] | None = None
     dropout_p: float = 0.0
     grad_lse: bool = False
     mask_density: float | None = None
@@ -107,6 +109,22 @@ class Scenario:
         attn_mask = self.attn_mask()
         return mask if attn_mask is None else mask & attn_mask
 
+    def alibi_slopes(self) -> torch.Tensor | None:
+        if self.alibi is None:
+            return None
+        shape = (self.heads,) if self.alibi == "by head" else (self.batch, self.heads)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 0.5
+
+    def bias(self) -> torch.Tensor | None:
+        """ALiBi written out, float64 [batch, heads, query_len, kv_len]. Sequences move positions, but no distance."""
+        slopes = self.alibi_slopes()
+        if slopes is None:
+            return None
+        kv_len = self.kv_len or self.query_len
+        query = torch.arange(kv_len - self.query_len, kv_len)[:, None]
+        distance = (query - torch.arange(kv_len)).abs().double()
+        return -slopes.double().expand(self.batch, self.heads)[..., None, None] * distance
+
     def where(self, device: str) -> dict[str, torch.Tensor]:
         """The sequences as an argument of `block_sparse_attention`."""
         if self.runs is None:
@@ -124,6 +142,7 @@ def check(scenario: Scenario, device: str) -> None:
     inputs = scenario.inputs(device)
     mask = scenario.mask().to(device)
     attn_mask = scenario.attn_mask()
+    slopes, bias = scenario.alibi_slopes(), scenario.bias()
     options = dict(scale=scenario.scale, softcap=scenario.softcap)
     factor = None
     if scenario.dropout_p:
@@ -157,6 +176,7 @@ def check(scenario: Scenario, device: str) -> None:
             attn_mask=None if attn_mask is None else attn_mask.to(device),
             dropout_p=scenario.dropout_p,
             sinks=sinks,
+            alibi_slopes=None if slopes is None else slopes.to(device),
             allow_empty_rows=True,
             return_lse=True,
             impl="triton",
@@ -166,7 +186,8 @@ def check(scenario: Scenario, device: str) -> None:
 
     def theirs(attend, **chosen):
         def attend_without_padding(query, key, value, sinks):
-            out, lse = attend(query, key, value, mask, sinks=sinks, factor=factor, **chosen)
+            chosen_too = dict(sinks=sinks, factor=factor, bias=bias)
+            out, lse = attend(query, key, value, mask, **chosen_too, **chosen)
             # A row of nobody has no sink either.
             return out, None if lse is None else lse.masked_fill(nobody, -math.inf)
 
@@ -218,6 +239,31 @@ SCENARIOS = {
         dropout_p=0.6,
         grad_lse=True,
         rows_outside_heads=True,
+    ),
+    "ALiBi": Scenario(WINDOW, 130, heads=4, alibi="by head", grad_lse=True),
+    "ALiBi in both directions, by batch row": Scenario(
+        RANDOM | SlidingWindow(1),
+        100,
+        is_causal=False,
+        batch=2,
+        alibi="by batch row and head",
+        scale=-0.2,
+    ),
+    "ALiBi of queries at the end": Scenario(Dense(), 70, 200, kv_heads=1, alibi="by head"),
+    "ALiBi and padding": Scenario(
+        WINDOW, 100, batch=2, padding=True, runs=((0, 30, 100), (1, 0, 90)), alibi="by head"
+    ),
+    "ALiBi, documents and everything": Scenario(
+        SlidingWindow(25) | BlockDiagonal(32),
+        150,
+        runs=((0, 0, 3), (0, 3, 80), (0, 85, 150)),
+        heads=4,
+        kv_heads=2,
+        softcap=3.0,
+        sinks=True,
+        dropout_p=0.4,
+        alibi="by batch row and head",
+        grad_lse=True,
     ),
     "gradient from the LSE": Scenario(WINDOW, 100, is_causal=False, grad_lse=True),
     "attn_mask": Scenario(WINDOW, 100, batch=2, mask_density=0.1, grad_lse=True),
@@ -332,6 +378,16 @@ def test_a_second_derivative_names_the_remedy(device):
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative.*use impl='torch'"):
         torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_slopes_with_a_gradient_name_the_remedy(device):
+    query, key, value = make_qkv(1, 2, 2, 20, 20, 16, 16, dtype=torch.float32, device=device)
+    slopes = torch.rand(2, device=device, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"constant slopes: alibi_slopes.detach\(\)"):
+        block_sparse_attention(query, key, value, WINDOW, alibi_slopes=slopes, impl="triton")
+    with torch.no_grad():
+        block_sparse_attention(query, key, value, WINDOW, alibi_slopes=slopes, impl="triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)

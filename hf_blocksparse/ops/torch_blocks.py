@@ -23,7 +23,9 @@ TILE = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None = None
+) -> list[str]:
     """Every reason why this path cannot run the call."""
     if query.dtype not in DTYPES:
         return [f"dtype is {query.dtype} (needs one of {DTYPES})"]
@@ -40,6 +42,7 @@ class _Step:
         columns: slices of the key tensor's rows, in order.
         hidden: for each partial tile its place among the gathered columns, and bool `[rows, its columns]`, True where a coefficient
             is not kept.
+        position_shift: what the difference of a query's and a key's position has beyond that of their rows.
     """
 
     batch: slice
@@ -47,6 +50,7 @@ class _Step:
     rows: slice
     columns: list[slice]
     hidden: list[tuple[slice, Tensor]]
+    position_shift: int
 
 
 def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[_Step]:
@@ -104,17 +108,26 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                     slice(first - q_pos + q_row, end - q_pos + q_row),
                     columns,
                     hidden,
+                    (q_pos - q_row) - (kv_pos - kv_row),
                 )
 
 
 class _StepTensors:
     """The operands of one step. Query heads of one key head are stacked as rows, so keys are never repeated."""
 
-    def __init__(self, step: _Step, group: int, problem: Problem, shape: torch.Size):
+    def __init__(
+        self,
+        step: _Step,
+        group: int,
+        problem: Problem,
+        shape: torch.Size,
+        alibi_slopes: Tensor | None,
+    ):
         self.step = step
         self.group = group
         self.problem = problem
         self.shape = shape
+        self.alibi_slopes = alibi_slopes
         if step.heads == slice(None):
             self.kv_heads = step.heads
             self.group_here = group
@@ -146,18 +159,37 @@ class _StepTensors:
     def add_rows(self, total: Tensor, part: Tensor) -> None:
         total[self.step.batch, self.step.heads, self.step.rows] += self.as_rows(part)
 
+    def row_and_column_numbers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tensor rows of the queries, `[rows, 1]`, and of the gathered keys, `[columns]`."""
+        rows = torch.arange(self.step.rows.start, self.step.rows.stop, device=device)
+        columns = [torch.arange(c.start, c.stop, device=device) for c in self.step.columns]
+        return rows[:, None], torch.cat(columns)
+
+    def distances(self, like: Tensor) -> Tensor:
+        """`|i - j|` of positions, `[group * rows, columns]`."""
+        rows, columns = self.row_and_column_numbers(like.device)
+        distances = (rows - columns + self.step.position_shift).abs()
+        return distances.repeat(self.group_here, 1).to(like.dtype)
+
+    def slopes_of_rows(self) -> Tensor:
+        """The ALiBi slope of each row, `[batch, kv_heads, group * rows, 1]`."""
+        assert self.alibi_slopes is not None
+        return self.rows_of(self.alibi_slopes[..., None].expand(self.shape[:3]))[..., None]
+
     def scores(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores with -inf where a coefficient is not kept, and d(score) / d(scaled product) where there is a softcap."""
         scores = (rows * self.problem.scale) @ columns.transpose(-1, -2)
-        slope = None
+        cap_slope = None
         if self.problem.softcap is not None:
             scores = torch.tanh(scores / self.problem.softcap)
-            slope = 1 - scores * scores
+            cap_slope = 1 - scores * scores
             scores = self.problem.softcap * scores
+        if self.alibi_slopes is not None:
+            scores = scores - self.slopes_of_rows() * self.distances(scores)
         by_member = scores.unflatten(2, (self.group_here, -1))
         for columns, hidden in self.step.hidden:
             by_member[..., columns].masked_fill_(hidden, float("-inf"))
-        return scores, slope
+        return scores, cap_slope
 
     def dropout_factor(self, dtype: torch.dtype) -> Tensor | None:
         """What dropout multiplies the probabilities by."""
@@ -167,15 +199,14 @@ class _StepTensors:
         assert problem.dropout_seed is not None
         device = problem.dropout_seed.device
         batch, heads = self.shape[:2]
-        row = torch.arange(self.step.rows.start, self.step.rows.stop, device=device)
-        col = torch.cat([torch.arange(c.start, c.stop, device=device) for c in self.step.columns])
+        rows, columns = self.row_and_column_numbers(device)
         batch_head = torch.arange(batch * heads, device=device).view(batch, heads)
         batch_head = batch_head[self.step.batch, self.step.heads]
         keep = dropout_keep(
             int(problem.dropout_seed),
             problem.dropout_p,
-            row[:, None],
-            col[None, :],
+            rows,
+            columns,
             batch_head[:, :, None, None],
         )
         factor = keep.to(dtype) / (1 - problem.dropout_p)
@@ -194,6 +225,7 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
         problem: Problem,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, query_len, _ = query.shape
@@ -206,7 +238,7 @@ class _Attention(torch.autograd.Function):
                 rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
                 lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
         for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
-            part = _StepTensors(step, group, problem, query.shape)
+            part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
             scores, _ = part.scores(
                 _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
             )
@@ -223,7 +255,7 @@ class _Attention(torch.autograd.Function):
             rows = (step.batch, step.heads, step.rows)
             out[rows] = part.as_rows(result).to(out.dtype)
             lse[rows] = part.as_rows(peak + total.log())[..., 0]
-        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.save_for_backward(query, key, value, sinks, alibi_slopes, out, lse)
         ctx.problem = problem
         return out, lse
 
@@ -235,8 +267,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value and sinks, in differentiable operations; None for the problem."""
-    query, key, value, sinks, out, lse = ctx.saved_tensors
+    """Gradients of query, key, value, sinks and ALiBi slopes, in differentiable operations; None for the problem."""
+    query, key, value, sinks, alibi_slopes, out, lse = ctx.saved_tensors
     problem: Problem = ctx.problem
     heads = query.shape[1]
     group = heads // key.shape[1]
@@ -247,12 +279,13 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
     grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    grad_slopes = None if alibi_slopes is None else torch.zeros_like(alibi_slopes)
     for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
-        part = _StepTensors(step, group, problem, query.shape)
+        part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
         query_rows = _accumulator(part.rows_of(query))
         key_columns = _accumulator(part.columns_of(key))
         grad_rows = _accumulator(part.rows_of(grad_out))
-        scores, slope = part.scores(query_rows, key_columns)
+        scores, cap_slope = part.scores(query_rows, key_columns)
         weights = torch.exp(scores - part.rows_of(finite_lse)[..., None])
         grad_weights = grad_rows @ _accumulator(part.columns_of(value)).transpose(-1, -2)
         factor = part.dropout_factor(dtype)
@@ -262,8 +295,11 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
             dropped = weights * factor
         part.add_columns(grad_value, dropped.transpose(-1, -2) @ grad_rows)
         grad_scores = weights * (grad_weights - part.rows_of(delta)[..., None])
-        if slope is not None:
-            grad_scores = grad_scores * slope
+        if grad_slopes is not None:
+            by_row = (grad_scores * part.distances(grad_scores)).sum(-1)
+            grad_slopes[step.batch, step.heads] -= part.as_rows(by_row).sum(-1)
+        if cap_slope is not None:
+            grad_scores = grad_scores * cap_slope
         part.add_rows(grad_query, grad_scores @ key_columns * problem.scale)
         part.add_columns(grad_key, grad_scores.transpose(-1, -2) @ (query_rows * problem.scale))
     grad_sinks = None
@@ -275,12 +311,18 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
         grad_key.to(key.dtype),
         grad_value.to(value.dtype),
         grad_sinks,
+        grad_slopes,
         None,
     )
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE; see docs/architecture.md, "What is computed"."""
-    return _Attention.apply(query, key, value, sinks, problem)
+    return _Attention.apply(query, key, value, sinks, alibi_slopes, problem)

@@ -4,8 +4,8 @@ No call chooses them yet: on an H200 only the smallest cases have been seen to b
 there as a whole, and no speed is known.
 
 Beside `ops/triton`, whose kernels are the portable ones and the judge of these: same index, same sequences, same results. What is not
-here - softcap, sinks, dropout, float32, values of another size than the queries, head sizes above 128, tensors the TMA cannot address -
-is theirs.
+here - softcap, sinks, ALiBi, dropout, float32, values of another size than the queries, head sizes above 128, tensors the TMA cannot
+address - is theirs.
 
 Triton is imported at the first call, not with this module.
 """
@@ -44,7 +44,12 @@ def _tma_strides(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def unsupported_forward(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    problem: Problem,
+    alibi_slopes: Tensor | None = None,
 ) -> list[str]:
     """Every reason why the forward kernel cannot run a call that `ops/triton` can; empty if it can."""
     if query.device.type != "cuda" or not _is_hopper(query.device):
@@ -61,6 +66,8 @@ def unsupported_forward(
         reasons.append("there is a softcap")
     if sinks is not None:
         reasons.append("there are sinks")
+    if alibi_slopes is not None:
+        reasons.append("there are ALiBi slopes")
     if problem.dropout_p:
         reasons.append("there is dropout")
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -37,7 +37,9 @@ def _has_triton() -> bool:
     return True
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None = None
+) -> list[str]:
     """Every reason why these kernels cannot run a call; empty if they can."""
     reasons = []
     device = query.device
@@ -58,11 +60,20 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
         if size % 8 or not 16 <= size <= 256:
             reasons.append(f"{name} is {size} (needs a multiple of 8 from 16 to 256)")
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        reasons.append(
+            "alibi_slopes require a gradient (needs constant slopes: alibi_slopes.detach())"
+        )
     return reasons
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; see docs/architecture.md, "Operation of an implementation".
 
@@ -70,6 +81,7 @@ def attention(
         query: [batch, query_heads, query_len, head_dim], float16, bfloat16 or float32.
         key, value: [batch, kv_heads, kv_len, head_dim] and [.., value_dim].
         sinks: [query_heads] or None.
+        alibi_slopes: float32 [batch, query_heads] or None.
         problem: where the sequences lie and which tiles are kept.
 
     Returns:
@@ -82,14 +94,14 @@ def attention(
     query, key, value = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
     )
-    return _Attention.apply(query, key, value, sinks, problem, scale)
+    return _Attention.apply(query, key, value, sinks, alibi_slopes, problem, scale)
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx, query, key, value, sinks, problem, scale):  # type: ignore[no-untyped-def]
-        out, lse = _launch().launch_forward(query, key, value, sinks, problem, scale)
-        ctx.save_for_backward(query, key, value, sinks, out, lse)
+    def forward(ctx, query, key, value, sinks, alibi_slopes, problem, scale):  # type: ignore[no-untyped-def]
+        out, lse = _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
+        ctx.save_for_backward(query, key, value, sinks, alibi_slopes, out, lse)
         ctx.problem = problem
         ctx.scale = scale
         ctx.set_materialize_grads(False)
@@ -98,7 +110,7 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
         if grad_out is None and grad_lse is None:
-            return (None,) * 6
+            return (None,) * 7
         arguments = (
             grad_out, grad_lse, *ctx.saved_tensors, ctx.problem, ctx.scale, ctx.needs_input_grad,
         )  # fmt: skip
@@ -107,7 +119,7 @@ class _Attention(Function):
             gradients = _AttentionBackward.apply(*arguments)
         else:
             gradients = _launch().launch_backward(*arguments)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 class _AttentionBackward(Function):
@@ -115,11 +127,13 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, grad_out, grad_lse, query, key, value, sinks, out, lse, problem, scale, needed
-    ):
+        ctx, grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
+        problem, scale, needed,
+    ):  # fmt: skip
         return _launch().launch_backward(
-            grad_out, grad_lse, query, key, value, sinks, out, lse, problem, scale, needed
-        )
+            grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
+            problem, scale, needed,
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]

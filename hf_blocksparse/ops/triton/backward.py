@@ -11,6 +11,8 @@ algorithm 2):
     dK_j    = scale * sum_i dS_ij q_i
     dV_j    = c * sum_i keep_ij p_ij dO_i
 
+ALiBi changes `s_ij` by what does not depend on q and k, and so changes p alone.
+
 dK and dV work on the transposed tile `S^T = K Q^T`, so that P^T and dS^T enter their products as they are.
 """
 
@@ -30,6 +32,7 @@ from hf_blocksparse.ops.triton.tiles import (
     load_sequence,
     row_pointers,
     store_rows_between,
+    subtract_alibi,
     tanh,
 )
 
@@ -91,6 +94,8 @@ def accumulate_grad_query(
     batch_head,
     score_scale,
     softcap_scale,
+    alibi_slope,
+    position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -99,7 +104,13 @@ def accumulate_grad_query(
     raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
     if softcap_scale is not None:
         raw = tanh(raw * softcap_scale)
-    probabilities = tl.exp2(raw * score_scale - log2_sum[:, None])
+    biased = raw
+    if alibi_slope is not None:
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        biased = subtract_alibi(
+            raw, alibi_slope, query_rows[:, None], key_rows[None, :], position_shift
+        )
+    probabilities = tl.exp2(biased * score_scale - log2_sum[:, None])
     if kept is not None:
         probabilities = tl.where(kept, probabilities, 0.0)
     grad_probabilities = tl.dot(grad_out_tile, value_tile.T, input_precision=INPUT_PRECISION)
@@ -130,6 +141,7 @@ def grad_query_kernel(
     scale,
     score_scale,
     softcap_scale,
+    alibi_slopes,
     dropout,
     group_size,
     HEAD_DIM: tl.constexpr,
@@ -156,6 +168,10 @@ def grad_query_kernel(
     kv_head = head // group_size
     kv_end = kv_row + kv_len
     kv_shift = kv_row - kv_pos
+    position_shift = q_pos - q_row + kv_shift
+    alibi_slope = None
+    if alibi_slopes is not None:
+        alibi_slope = tl.load(alibi_slopes + batch_head)
 
     first_query_row = tile * TILE_Q - q_pos + q_row
     query_rows = first_query_row + tl.arange(0, TILE_Q)
@@ -193,8 +209,8 @@ def grad_query_kernel(
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     partial_first, partial_last, partial_start, partial_stop = clip_entries(
@@ -218,8 +234,8 @@ def grad_query_kernel(
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     num_edges = full_start + full_stop + partial_start + partial_stop
@@ -248,8 +264,8 @@ def grad_query_kernel(
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     store_rows_between(
@@ -274,6 +290,8 @@ def accumulate_grad_key_value(
     batch_head,
     score_scale,
     softcap_scale,
+    alibi_slope,
+    position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -282,7 +300,13 @@ def accumulate_grad_key_value(
     raw = tl.dot(key_tile, query_tile.T, input_precision=INPUT_PRECISION)
     if softcap_scale is not None:
         raw = tanh(raw * softcap_scale)
-    probabilities = tl.exp2(raw * score_scale - log2_sum[None, :])
+    biased = raw
+    if alibi_slope is not None:
+        query_rows = first_query_row + tl.arange(0, TILE_Q)
+        biased = subtract_alibi(
+            raw, alibi_slope, query_rows[None, :], key_rows[:, None], position_shift
+        )
+    probabilities = tl.exp2(biased * score_scale - log2_sum[None, :])
     if kept is not None:
         probabilities = tl.where(kept, probabilities, 0.0)
     dropped = probabilities
@@ -322,6 +346,7 @@ def grad_key_value_kernel(
     scale,
     score_scale,
     softcap_scale,
+    alibi_slopes,
     dropout,
     group_size,
     HEAD_DIM: tl.constexpr,
@@ -347,6 +372,7 @@ def grad_key_value_kernel(
     batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
     q_end = q_row + q_len
     q_shift = q_row - q_pos
+    position_shift = kv_row - kv_pos - q_shift
 
     first_key_row = tile * TILE_KV - kv_pos + kv_row
     key_rows = first_key_row + tl.arange(0, TILE_KV)
@@ -365,6 +391,9 @@ def grad_key_value_kernel(
         head = kv_head * group_size + member
         begin, partial_begin, end = load_list(lists, sequence, head, tile)
         batch_head = batch * num_query_heads + head
+        alibi_slope = None
+        if alibi_slopes is not None:
+            alibi_slope = tl.load(alibi_slopes + batch_head)
 
         full_first, full_last, full_start, full_stop = clip_entries(
             lists.indices, begin, partial_begin, q_pos, q_pos + q_len, TILE_Q
@@ -396,7 +425,7 @@ def grad_key_value_kernel(
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, None, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
             )  # fmt: skip
 
         partial_first, partial_last, partial_start, partial_stop = clip_entries(
@@ -430,7 +459,7 @@ def grad_key_value_kernel(
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
             )  # fmt: skip
 
         num_edges = full_start + full_stop + partial_start + partial_stop
@@ -458,7 +487,7 @@ def grad_key_value_kernel(
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
                 log2_sum, delta, kept, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, dropout, INPUT_PRECISION, TILE_Q,
+                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
             )  # fmt: skip
 
     store_rows_between(

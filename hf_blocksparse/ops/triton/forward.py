@@ -25,6 +25,7 @@ from hf_blocksparse.ops.triton.tiles import (
     load_sequence,
     row_pointers,
     store_rows_between,
+    subtract_alibi,
     tanh,
 )
 
@@ -43,6 +44,8 @@ def accumulate_keys(
     batch_head,
     score_scale,
     softcap_scale,
+    alibi_slope,
+    position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
     TILE_KV: tl.constexpr,
@@ -51,6 +54,11 @@ def accumulate_keys(
     raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
     if softcap_scale is not None:
         raw = tanh(raw * softcap_scale)
+    if alibi_slope is not None:
+        key_rows = first_key_row + tl.arange(0, TILE_KV)
+        raw = subtract_alibi(
+            raw, alibi_slope, query_rows[:, None], key_rows[None, :], position_shift
+        )
     if kept is not None:
         raw = tl.where(kept, raw, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(raw, 1) * score_scale)
@@ -85,6 +93,7 @@ def forward_kernel(
     lists,
     score_scale,
     softcap_scale,
+    alibi_slopes,
     dropout,
     group_size,
     HEAD_DIM: tl.constexpr,
@@ -99,7 +108,8 @@ def forward_kernel(
 
     `query`, `key`, `value`, `out`, `lse`: StridedRows; `key_descriptor`, `value_descriptor`: their tensor descriptors or None;
     `items`: `Sequences.q_items`; `table`: `Sequences.table`;
-    `lists`: TileLists of the query tiles; `sinks`, `softcap_scale`, `dropout`: None where unused.
+    `lists`: TileLists of the query tiles; `alibi_slopes`: [batch, query heads], see `tiles`;
+    `sinks`, `softcap_scale`, `alibi_slopes`, `dropout`: None where unused.
     """
     item = items + tl.program_id(0) * 2
     head = tl.program_id(1)
@@ -113,6 +123,10 @@ def forward_kernel(
     kv_head = head // group_size
     kv_end = kv_row + kv_len
     kv_shift = kv_row - kv_pos  # from positions to rows
+    position_shift = q_pos - q_row + kv_shift
+    alibi_slope = None
+    if alibi_slopes is not None:
+        alibi_slope = tl.load(alibi_slopes + batch_head)
 
     first_query_row = tile * TILE_Q - q_pos + q_row
     query_rows = first_query_row + tl.arange(0, TILE_Q)
@@ -151,8 +165,8 @@ def forward_kernel(
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     partial_first, partial_last, partial_start, partial_stop = clip_entries(
@@ -176,8 +190,8 @@ def forward_kernel(
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     num_edges = full_start + full_stop + partial_start + partial_stop
@@ -206,8 +220,8 @@ def forward_kernel(
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, dropout,
-            INPUT_PRECISION, TILE_KV,
+            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION, TILE_KV,
         )  # fmt: skip
 
     is_empty = running_sum == 0.0

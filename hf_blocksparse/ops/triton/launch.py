@@ -43,6 +43,7 @@ def launch_forward(
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     problem: Problem,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -75,6 +76,7 @@ def launch_forward(
                 tile_lists(index)[0],
                 score_scale,
                 softcap_scale,
+                _slopes(alibi_slopes, score_scale),
                 _dropout(problem),
                 heads // key.shape[1],
             ),
@@ -91,6 +93,7 @@ def launch_backward(
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     out: Tensor,
     lse: Tensor,
     problem: Problem,
@@ -107,6 +110,7 @@ def launch_backward(
         grad_out = grad_out.contiguous()
     log2_sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
     score_scale, softcap_scale = _score_scales(scale, problem.softcap)
+    slopes = _slopes(alibi_slopes, score_scale)
     dropout = _dropout(problem)
     query_rows, key_rows, value_rows, grad_out_rows = map(_rows, (query, key, value, grad_out))
     log2_sum_rows, delta_rows = _rows(log2_sums), _rows(deltas)
@@ -156,6 +160,7 @@ def launch_backward(
                     scale,
                     score_scale,
                     softcap_scale,
+                    slopes,
                     dropout,
                     heads // kv_heads,
                 ),
@@ -190,6 +195,7 @@ def launch_backward(
                     scale,
                     score_scale,
                     softcap_scale,
+                    slopes,
                     dropout,
                     heads // kv_heads,
                 ),
@@ -297,6 +303,13 @@ def _score_scales(scale: float, softcap: float | None) -> tuple[float, float | N
     if softcap is None:
         return scale * LOG2_E, None
     return softcap * LOG2_E, scale / softcap
+
+
+def _slopes(alibi_slopes: Tensor | None, score_scale: float) -> Tensor | None:
+    """ALiBi slopes as the kernels subtract them, before they multiply by `score_scale`."""
+    if alibi_slopes is None:
+        return None
+    return (alibi_slopes * (LOG2_E / score_scale)).contiguous()
 
 
 def _dropout(problem: Problem) -> Dropout | None:

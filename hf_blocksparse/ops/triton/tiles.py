@@ -1,7 +1,8 @@
-"""Parts the kernels share: arguments, work items, lists, tile loads, mask bits, dropout, softcap.
+"""Parts the kernels share: arguments, work items, lists, tile loads, mask bits, dropout, softcap, ALiBi.
 
 Kernels work on scores in units of log2: `raw = <q, k>` (or `tanh(softcap_scale * raw)` with a softcap), the score is
 `score_scale * raw` with log2(e) folded into `score_scale` on the host, so that probabilities are powers of two.
+ALiBi slopes come divided by `score_scale`: with them the score is `score_scale * (raw - slope * |i - j|)`.
 
 Three kinds of tiles meet in a row of the block index, and each has its own loop:
 
@@ -237,6 +238,16 @@ def load_bits(bank, mask_id, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TRANSP
         packed = tl.load(entry + place, mask=(place + mask_id) >= place, other=-1)
         kept = (packed[:, :, None] >> bits[None, None, :]).reshape([TILE_Q, TILE_KV])
     return (kept & 1) != 0
+
+
+@triton.jit
+def subtract_alibi(raw, slope, query_rows, key_rows, position_shift):
+    """`raw - slope * |i - j|`, for tensor rows that broadcast to the tile's shape.
+
+    `position_shift`: what the difference of a query's and a key's position has beyond that of their rows.
+    """
+    distance = tl.abs(query_rows - key_rows + position_shift)
+    return raw - slope * distance.to(tl.float32)
 
 
 @triton.jit
