@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_blocksparse.attention import resolve_layout
 from hf_blocksparse.layouts import KINDS, Dense, Layout, PerLayer, layout_from_dict
+from hf_blocksparse.replacements import has_replacement, install, uninstall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,6 +68,13 @@ class LayerAttention:
 def config_of(module: nn.Module) -> Any:
     """The configuration an attention module or a model reads."""
     return module.config
+
+
+def config_around(model: nn.Module, path: str) -> Any:
+    """The configuration of the module at `path`, or of the innermost one around it that has one."""
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    return [module.config for module in around if hasattr(module, "config")][-1]
 
 
 def state_of(module: nn.Module) -> LayerAttention | None:
@@ -242,8 +250,12 @@ def _reaches_interface(module: nn.Module) -> bool:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose forward asks transformers' attention interface, by path."""
-    return {path: module for path, module in model.named_modules() if _reaches_interface(module)}
+    """The modules whose forward asks transformers' attention interface, or can be replaced by one that does, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if _reaches_interface(module) or has_replacement(module)
+    }
 
 
 def unreachable_attention_modules(model: nn.Module) -> list[str]:
@@ -298,6 +310,7 @@ def num_query_heads(module: nn.Module) -> int | None:
     for owner, name in (
         (module, "num_heads"),
         (module, "num_attention_heads"),
+        (module, "n_heads"),
         (config, "num_attention_heads"),
     ):
         value = getattr(owner, name, None)
@@ -368,6 +381,16 @@ def assign_layouts(
             )
         else:
             assign(matches[0], key, layout)
+    left = [
+        path
+        for path in paths
+        if path not in assigned and has_replacement(owner.get_submodule(path))
+    ]
+    if assigned and left:
+        problems.append(
+            f"layout leaves {left[0]} its own attention, which does not go through transformers' attention interface and cannot stay "
+            "beside block-sparse layers; name every layer, with Dense() where all keys are to be read"
+        )
     return assigned, problems
 
 
@@ -484,10 +507,11 @@ def attach_from_config(model: PreTrainedModel) -> None:
                 LayerAttention(
                     full_path,
                     layer_layout(path, assigned[path][1]) if path in assigned else None,
-                    _dense_implementation(model, config_of(module)),
+                    _dense_implementation(model, config_around(model, full_path)),
                     problem="; ".join(problems) or None,
                 ),
             )
+    install(model, [path for path, module in found.items() if state_of(module)])
     undo = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and DENSE_ATTRIBUTE in module.__dict__:
@@ -523,6 +547,7 @@ def restore(model: nn.Module) -> None:
             config.__dict__.pop(SECTION, None)
         else:
             config.__dict__[SECTION] = section
+    uninstall(model)
     for module in model.modules():
         detach(module)
         module.__dict__.pop(UNDO_ATTRIBUTE, None)

@@ -21,7 +21,7 @@ from hf_blocksparse.model_layouts import (
     attach,
     attention_modules,
     check_reachable,
-    config_of,
+    config_around,
     config_owners,
     layer_layout,
     layouts_by_layer,
@@ -32,6 +32,7 @@ from hf_blocksparse.model_layouts import (
     undo_records,
     write_section,
 )
+from hf_blocksparse.replacements import install
 from hf_blocksparse.transformers_hook import register_when_imported
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ def _switch(
         if not any(config is known for known in configs[:place])
     ]
     kept = {
-        path: config_of(module)._attn_implementation
-        for path, module in modules.items()
-        if any(config_of(module) is config for config in configs)
+        path: config_around(model, path)._attn_implementation
+        for path in modules
+        if any(config_around(model, path) is config for config in configs)
     }
     left = [path for path in kept if path not in assigned]
     if wrong := [path for path in left if kept[path] not in _KEPT_IMPLEMENTATIONS]:
@@ -150,6 +151,7 @@ def _switch(
     for path, dense in kept.items():
         own = layer_layout(path, assigned[path][1]) if path in assigned else None
         attach(modules[path], LayerAttention(path, own, dense, impl))
+    install(model, kept)
 
 
 def _configs_around(owner: nn.Module, path: str) -> list[Any]:
@@ -159,7 +161,7 @@ def _configs_around(owner: nn.Module, path: str) -> list[Any]:
     names = path.split(".")
     around = [owner.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
     configs = [module.config for module in around if isinstance(module, PreTrainedModel)]
-    return [*configs, config_of(owner.get_submodule(path))]
+    return [*configs, config_around(owner, path)]
 
 
 def _report(model: PreTrainedModel, assigned: dict[str, tuple[LayerKey, Layout]]) -> str:

@@ -50,6 +50,7 @@ from hf_blocksparse.model_layouts import (
     state_of,
     write_section,
 )
+from hf_blocksparse.replacements import admit_implementation
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_masks import SequenceMask, make_mask, mask_from_tensor
 
@@ -94,8 +95,9 @@ def block_sparse_attention_forward(
         attention_mask: what the mask function made, a 4-D tensor of the user's, or None.
         dropout: probability of dropping a coefficient.
         scaling: factor on the scores.
-        kwargs: `is_causal`, `sliding_window`, `softcap`, `s_aux` (sink logits) and `cu_seq_lens_q`, `cu_seq_lens_k` are honoured
-            (the window and `is_causal` where there is no mask, as a mask already holds them); those known to change nothing are ignored.
+        kwargs: `is_causal`, `sliding_window`, `softcap`, `s_aux` (sink logits), `alibi_slopes` and `cu_seq_lens_q`, `cu_seq_lens_k` are
+            honoured (the window and `is_causal` where there is no mask, as a mask already holds them); those known to change nothing are
+            ignored.
 
     Returns:
         (batch, query_len, query_heads, value_dim), contiguous, and None (the weights are never made).
@@ -123,6 +125,7 @@ def block_sparse_attention_forward(
     window = kwargs.pop("sliding_window", None)
     softcap = kwargs.pop("softcap", None)
     sinks = kwargs.pop("s_aux", None)
+    alibi_slopes = kwargs.pop("alibi_slopes", None)
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
     _refuse(state, kwargs)
     _refuse_context_parallel(state)
@@ -148,6 +151,7 @@ def block_sparse_attention_forward(
         scale=scaling,
         softcap=softcap,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
         impl=state.impl,
     )
     return out.transpose(1, 2).contiguous(), None
@@ -451,6 +455,7 @@ def _register_modeling(module: ModuleType) -> None:
         if is_init_check:
             dense = check(self, None, is_init_check=True, **kwargs)
             self.__dict__[DENSE_ATTRIBUTE] = dense
+            admit_implementation(type(self), IMPLEMENTATION)
         elif state_missing(self):
             raise ValueError(
                 f"attn_implementation got {IMPLEMENTATION!r} for a {type(self).__name__} that was built dense; its layers have no "

@@ -22,14 +22,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BloomConfig,
-    BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GPTJConfig,
-    GPTJForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     StaticCache,
@@ -598,36 +592,6 @@ def test_image_tokens_that_read_each_other_both_ways():
         unpatch_model(model)
     causal = model(**inputs | {"token_type_ids": torch.zeros_like(ids)}).logits
     assert (causal - expected).abs().max() > 0.1
-
-
-SMALL = dict(vocab_size=VOCABULARY, hidden_size=32)
-
-
-@pytest.mark.parametrize(
-    ("make", "modules"),
-    [
-        (
-            lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=1, n_head=4)),
-            r"transformer.h.0.self_attention \(BloomAttention\)",
-        ),
-        (
-            lambda: FalconForCausalLM(
-                FalconConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4)
-            ),
-            r"transformer.h.0.self_attention \(\w+\), transformer.h.1.self_attention",
-        ),
-        (
-            lambda: GPTJForCausalLM(
-                GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
-            ),
-            r"transformer.h.0.attn \(GPTJ\w*Attention\)",
-        ),
-    ],
-    ids=["bloom", "falcon", "gptj"],
-)
-def test_models_outside_the_attention_interface_are_refused(make, modules):
-    with pytest.raises(NotImplementedError, match=f"cannot be patched as a whole: {modules}"):
-        patch_model(make(), SlidingWindow(4))
 
 
 def test_position_biases_are_refused():

@@ -21,8 +21,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -546,9 +546,11 @@ def test_layers_that_are_not_there_are_refused(layers, message, tmp_path):
 
 
 def test_the_flag_does_not_run_dense_in_silence_where_it_cannot_reach():
-    config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    config = DebertaV2Config(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
     config.block_sparse = SlidingWindow(3)
     with pytest.raises(
-        NotImplementedError, match="cannot be patched as a whole: h.0.self_attention"
+        NotImplementedError, match="cannot be patched as a whole: encoder.layer.0.attention"
     ):
-        BloomForCausalLM(config)
+        DebertaV2Model(config)

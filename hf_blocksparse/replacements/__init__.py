@@ -1,0 +1,136 @@
+"""Attention classes for families of transformers whose own do not go through its attention interface.
+
+A replacement is a subclass of the family's attention module that computes its scores, softmax and sum through the interface; projections,
+rotations and the cache stay the family's. `install` gives single instances their replacement by changing their class, so weights, names
+and checkpoints stay as they are, and `uninstall` changes it back.
+
+This module names the classes without importing transformers; each family's file is imported where a model of that family is patched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_blocksparse.replacements.base import ReplacedAttention
+
+_MODELS = "transformers.models"
+_FILE_OF = {
+    f"{_MODELS}.bloom.modeling_bloom.BloomAttention": "bloom",
+    f"{_MODELS}.codegen.modeling_codegen.CodeGenAttention": "codegen",
+    f"{_MODELS}.falcon.modeling_falcon.FalconAttention": "falcon",
+    f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": "gpt_neo",
+    f"{_MODELS}.gptj.modeling_gptj.GPTJAttention": "gptj",
+    f"{_MODELS}.mpt.modeling_mpt.MptAttention": "mpt",
+}
+_UNDO_ATTRIBUTE = "_block_sparse_replaced"
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_replaced(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(f"{__name__}.")
+
+
+def has_replacement(module: nn.Module) -> bool:
+    """Whether `module` is of a class that has a replacement, or is one already."""
+    return _name_of(type(module)) in _FILE_OF or is_replaced(module)
+
+
+def _replacement(kind: type) -> type[ReplacedAttention]:
+    file = import_module(f"{__name__}.{_FILE_OF[_name_of(kind)]}")
+    return getattr(file, f"BlockSparse{kind.__qualname__}")
+
+
+def admit_implementation(model_class: type, name: str) -> None:
+    """Let a family build its layers while its configuration says `name`: some choose a class by that name."""
+    known = {path.rpartition(".")[0] for path in _FILE_OF}
+    for kind in model_class.__mro__:
+        if kind.__module__ not in known:
+            continue
+        for attribute, classes in vars(sys.modules[kind.__module__]).items():
+            if attribute.endswith("_ATTENTION_CLASSES"):
+                classes.setdefault(name, classes["eager"])
+
+
+def install(model: nn.Module, paths: Iterable[str]) -> None:
+    """Give the attention modules at `paths` that have a replacement theirs."""
+    for path in paths:
+        module = model.get_submodule(path)
+        if is_replaced(module) or not has_replacement(module):
+            continue
+        around = _model_around(model, path)
+        replacement = _replacement(type(module))
+        if not hasattr(module, "config"):
+            _set(module, "config", around.config)
+        for name, value in replacement.settings_of_the_model(around).items():
+            _set(around, name, value)
+        if _refuse_weights not in around._forward_pre_hooks.values():
+            around.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+        _undo_of(module)["class"] = type(module)
+        _become(module, replacement)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install` everywhere in `model`."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for number in [key for key, hook in hooks.items() if hook is _refuse_weights]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+        undo = module.__dict__.pop(_UNDO_ATTRIBUTE, None)
+        if undo is None:
+            continue
+        for name in undo["added"]:
+            module.__dict__.pop(name)
+        module.__dict__.update(undo["changed"])
+        if "class" in undo:
+            _become(module, undo["class"])
+
+
+def _model_around(model: nn.Module, path: str) -> PreTrainedModel:
+    """The innermost transformers model that holds the module at `path`."""
+    from transformers import PreTrainedModel
+
+    names = path.split(".")
+    around = (model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
+    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+
+
+def _undo_of(module: nn.Module) -> dict[str, Any]:
+    return module.__dict__.setdefault(_UNDO_ATTRIBUTE, {"added": set(), "changed": {}})
+
+
+def _set(module: nn.Module, name: str, value: object) -> None:
+    undo = _undo_of(module)
+    if name not in module.__dict__:
+        undo["added"].add(name)
+    elif name not in undo["added"]:
+        undo["changed"].setdefault(name, module.__dict__[name])
+    module.__dict__[name] = value
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    if "_old_forward" in module.__dict__:
+        # accelerate keeps the forward that its hooks surround, bound to the class of that time.
+        module.__dict__["_old_forward"] = MethodType(kind.forward, module)
+
+
+def _refuse_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    wanted = kwargs.get("output_attentions")
+    if module.config.output_attentions if wanted is None else wanted:
+        raise NotImplementedError(
+            f"output_attentions got True in {type(module).__name__}, whose attention is replaced by a block-sparse one that never makes "
+            "the weights; look at them in the model before patch_model, or after unpatch_model."
+        )
