@@ -32,6 +32,7 @@ from hf_blocksparse.layouts import (
 from hf_blocksparse.modules import BlockSparseAttention, MultiHeadDispatch
 from hf_blocksparse.patch import patch_model, unpatch_model
 from hf_blocksparse.positions import extend_positions
+from hf_blocksparse.replacements import native_layout
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_hook import register_when_imported
 
@@ -60,6 +61,7 @@ __all__ = [
     "layout_from_name",
     "layout_to_mask",
     "mask_to_layout",
+    "native_layout",
     "norm_and_embedding_options",
     "patch_model",
     "patch_model_for_adapter",

@@ -100,7 +100,8 @@ def block_sparse_attention_forward(
             ignored.
 
     Returns:
-        (batch, query_len, query_heads, value_dim), contiguous, and None (the weights are never made).
+        (batch, query_len, query_heads, value_dim), contiguous, and None (the weights are never made), or with
+        `return_lse` the log-sum-exp of each row, (batch, query_heads, query_len).
 
     Raises:
         ValueError, NotImplementedError: the model asks for something that would not be honoured.
@@ -126,6 +127,7 @@ def block_sparse_attention_forward(
     softcap = kwargs.pop("softcap", None)
     sinks = kwargs.pop("s_aux", None)
     alibi_slopes = kwargs.pop("alibi_slopes", None)
+    return_lse = kwargs.pop("return_lse", False)
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
     _refuse(state, kwargs)
     _refuse_context_parallel(state)
@@ -139,7 +141,7 @@ def block_sparse_attention_forward(
     if any(lengths is not None for lengths in cu_seqlens):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
-    out = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
+    out, lse = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
         query,
         key,
         value,
@@ -152,9 +154,10 @@ def block_sparse_attention_forward(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        return_lse=True,
         impl=state.impl,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), lse if return_lse else None
 
 
 def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:

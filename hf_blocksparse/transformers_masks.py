@@ -231,12 +231,29 @@ def make_mask(
 ) -> SequenceMask:
     """The mask function registered with transformers: the arguments of `sdpa_mask`, a `SequenceMask` instead of its tensor.
 
+    Longformer reads its padding from the entries of its mask, and gets them; its replaced attention makes a `SequenceMask` of that.
+
     Args:
         q_offset, kv_offset: place of the first query and of the first key among all tokens so far.
         attention_mask: bool `[batch, tokens so far]`, False for padding.
         use_vmap: the model's user added mask functions, so nothing is assumed about them.
     """
     device = torch.device(device)
+    if getattr(kwargs.get("config"), "model_type", None) == "longformer":
+        from transformers.masking_utils import eager_mask
+
+        return eager_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
+        )
     if isinstance(q_offset, Tensor):
         # The cache counts on in place, before the last layer reads the mask.
         q_offset = q_offset.clone()

@@ -4,6 +4,7 @@ import copy
 import io
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -11,6 +12,10 @@ from test_patch import LOGITS, assert_same, run
 from tiny_models import HEADS, VOCABULARY, eager_attention_within, make_batch, real_tokens
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BigBirdConfig,
+    BigBirdForCausalLM,
+    BigBirdForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
     CodeGenConfig,
@@ -23,6 +28,8 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    LongformerConfig,
+    LongformerForMaskedLM,
     MptConfig,
     MptForCausalLM,
     StaticCache,
@@ -35,8 +42,14 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-import hf_blocksparse  # noqa: F401  # connects transformers
-from hf_blocksparse import BlockDiagonal, Dense, SinkWindow, SlidingWindow
+from hf_blocksparse import (
+    BlockDiagonal,
+    Dense,
+    PerLayer,
+    SinkWindow,
+    SlidingWindow,
+    native_layout,
+)
 from hf_blocksparse.model_layouts import attention_modules, state_of
 from hf_blocksparse.patch import patch_model, unpatch_model
 from hf_blocksparse.replacements import is_replaced
@@ -102,7 +115,12 @@ SPARSE = SinkWindow(sink=3, window=6) | BlockDiagonal(10)
 def make_model(family):
     """A seeded model in evaluation mode whose weights are spread out, with the family's own attention."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    return spread_out(FAMILIES[family]())
+
+
+def spread_out(model):
+    torch.manual_seed(0)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -346,6 +364,155 @@ def test_a_mask_tensor_beside_windows_of_the_model_is_refused():
 
 
 _SMALL = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+_ENCODER = dict(
+    _TOKENS,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=HEADS,
+    intermediate_size=48,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    max_position_embeddings=512,
+)
+
+
+def longformer(window=(8, 16)):
+    torch.manual_seed(0)
+    return spread_out(
+        LongformerForMaskedLM(LongformerConfig(**_ENCODER, attention_window=list(window)))
+    )
+
+
+def big_bird(attention_type="block_sparse"):
+    torch.manual_seed(0)
+    config = BigBirdConfig(
+        **_ENCODER, attention_type=attention_type, block_size=16, num_random_blocks=2
+    )
+    return spread_out(BigBirdForMaskedLM(config))
+
+
+def global_tokens(batch):
+    """Another number of them in each row, none in the last."""
+    mask = torch.zeros_like(batch["input_ids"])
+    mask[0, [9, 20]] = 1
+    mask[1, [0, 1, 5, 30]] = 1
+    return batch | {"global_attention_mask": mask}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("with_global", [False, True], ids=["local", "global"])
+def test_a_longformer_is_itself_with_its_windows(with_global, padded):
+    model = longformer()
+    batch = make_batch(47, padded=padded)
+    if with_global:
+        batch = global_tokens(batch)
+    expected = run(model, batch)
+    layout = native_layout(model.config)
+    assert layout == PerLayer({0: SlidingWindow(5), 1: SlidingWindow(9)})
+    assert_same(run(patch_model(model, layout), batch), expected)
+
+
+@pytest.mark.parametrize("with_global", [False, True], ids=["local", "global"])
+def test_a_longformer_takes_other_layouts(with_global):
+    model, other = longformer(), longformer((4, 4))
+    batch = make_batch(47)
+    if with_global:
+        batch = global_tokens(batch)
+    assert_same(run(patch_model(model, SlidingWindow(3)), batch), run(other, batch))
+    wide = run(longformer((96, 96)), batch)
+    assert_same(run(patch_model(model, Dense()), batch), wide)
+    patch_model(model, SinkWindow(1, 4))
+    if with_global:
+        with pytest.raises(NotImplementedError, match="beside them it must be a SlidingWindow"):
+            model(**batch)
+    else:
+        assert not torch.equal(model(**batch).logits[real_tokens(batch)], wide[0])
+
+
+def test_a_longformer_drops_weights_in_training():
+    model = patch_model(longformer(), native_layout(longformer().config))
+    batch = global_tokens(make_batch(47))
+    expected = model(**batch).logits
+    for module in attention_modules(model).values():
+        module.dropout = 0.5
+    assert torch.equal(model(**batch).logits, expected)
+    for module in attention_modules(model).values():
+        module.training = True
+    assert not torch.allclose(model(**batch).logits, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("length", [256, 250, 144])
+def test_a_big_bird_in_training_is_itself_with_its_blocks(length):
+    model = big_bird().train()
+    batch = make_batch(length)
+    batch["attention_mask"][0] = 1  # its blocks count from the tensor's start
+    state = np.random.get_state()[1].copy()
+    layout = native_layout(model.config, length)
+    assert (np.random.get_state()[1] == state).all()
+    layers = dict(layout.layers)
+    assert layers[0] != layers[1] or length == 144
+    expected = run(model, batch)
+    assert_same(run(patch_model(model, layout), batch), expected)
+    assert model.bert.attention_type == "original_full"
+    assert_same(run(unpatch_model(model), batch), expected)
+
+
+def test_a_big_bird_counts_blocks_twice_where_it_warns():
+    config = BigBirdConfig(**_ENCODER | {"max_position_embeddings": 4096}, block_size=64)
+    with pytest.warns(UserWarning, match="length got 1024, where .* counts them twice in its soft"):
+        layout = native_layout(config, 1024)
+    assert dict(layout.layers)[0].block_size == 64
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("attention_type", ["original_full", "block_sparse"])
+def test_a_big_bird_takes_any_layout(attention_type, padded):
+    batch = make_batch(padded=padded)
+    full = big_bird("original_full")
+    for layout in (Dense(), SPARSE):
+        with eager_attention_within(layout, is_causal=False):
+            expected = run(full, batch)
+        model = patch_model(big_bird(attention_type), layout)
+        assert_same(run(model, batch), expected)
+        # Its own attention would have switched to the full one for so short an input.
+        assert unpatch_model(model).bert.attention_type == attention_type
+
+
+@pytest.mark.parametrize("make", [longformer, big_bird])
+def test_sparse_encoders_are_saved_and_undone(make, tmp_path):
+    model = make()
+    batch = make_batch(250)
+    batch["attention_mask"][0] = 1
+    logits = model(**batch).logits
+    layout = native_layout(model.config, 250)
+    sparse = patch_model(model, layout)(**batch).logits
+    model.save_pretrained(tmp_path / "0")
+    for generation in (0, 1):
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / str(generation))
+        assert torch.equal(loaded(**batch).logits, sparse)
+        loaded.save_pretrained(tmp_path / str(generation + 1))
+    for one in (model, loaded):
+        assert torch.equal(unpatch_model(one)(**batch).logits, logits)
+        assert not any(is_replaced(module) for module in one.modules())
+
+
+def test_cross_attention_beside_replaced_layers_is_refused():
+    config = BigBirdConfig(
+        **_ENCODER, attention_type="original_full", is_decoder=True, add_cross_attention=True
+    )
+    model = BigBirdForCausalLM(config)
+    with pytest.raises(ValueError, match="layout leaves .*crossattention.self its own attention"):
+        patch_model(model, Dense())
+    patch_model(model, dict.fromkeys(attention_modules(model), Dense()))
+    with pytest.raises(NotImplementedError, match="its cross-attention does not go through"):
+        model(**make_batch(10, padded=False), encoder_hidden_states=torch.randn(3, 5, 32))
+
+
+def test_native_layouts_that_cannot_be_made_say_why():
+    with pytest.raises(NotImplementedError, match="family 'gptj', which has no layout of its own"):
+        native_layout(GPTJConfig())
+    with pytest.raises(ValueError, match="length got None for a BigBird model"):
+        native_layout(BigBirdConfig())
 
 
 @pytest.mark.parametrize(

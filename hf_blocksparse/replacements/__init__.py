@@ -18,19 +18,24 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hf_blocksparse.layouts import PerLayer
     from hf_blocksparse.replacements.base import ReplacedAttention
 
 _MODELS = "transformers.models"
 _FILE_OF = {
+    f"{_MODELS}.big_bird.modeling_big_bird.BigBirdBlockSparseAttention": "big_bird",
+    f"{_MODELS}.big_bird.modeling_big_bird.BigBirdSelfAttention": "big_bird",
     f"{_MODELS}.bloom.modeling_bloom.BloomAttention": "bloom",
     f"{_MODELS}.codegen.modeling_codegen.CodeGenAttention": "codegen",
     f"{_MODELS}.falcon.modeling_falcon.FalconAttention": "falcon",
     f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": "gpt_neo",
     f"{_MODELS}.gptj.modeling_gptj.GPTJAttention": "gptj",
+    f"{_MODELS}.longformer.modeling_longformer.LongformerSelfAttention": "longformer",
     f"{_MODELS}.mpt.modeling_mpt.MptAttention": "mpt",
 }
+_NATIVE = {"big_bird": "big_bird", "longformer": "longformer"}
 _UNDO_ATTRIBUTE = "_block_sparse_replaced"
 
 
@@ -73,8 +78,8 @@ def install(model: nn.Module, paths: Iterable[str]) -> None:
         replacement = _replacement(type(module))
         if not hasattr(module, "config"):
             _set(module, "config", around.config)
-        for name, value in replacement.settings_of_the_model(around).items():
-            _set(around, name, value)
+        for owner, name, value in replacement.settings_around(around):
+            _set(owner, name, value)
         if _refuse_weights not in around._forward_pre_hooks.values():
             around.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
         _undo_of(module)["class"] = type(module)
@@ -96,6 +101,31 @@ def uninstall(model: nn.Module) -> None:
         module.__dict__.update(undo["changed"])
         if "class" in undo:
             _become(module, undo["class"])
+
+
+def native_layout(config: PreTrainedConfig, length: int | None = None) -> PerLayer:
+    """The layout that a family of sparse models has of its own, for `patch_model(model, native_layout(model.config, ...))`.
+
+    - Longformer: a window in each layer, exact. Global attention stays an argument of the model, `global_attention_mask`, and is exact.
+    - BigBird: for inputs padded to `length` tokens, the blocks it keeps in training, with the random blocks it draws there: a window of
+      three blocks, the first and the last one global, random ones. Exact where no random block falls on another kept one, which the
+      family would count twice in its softmax; and not what it computes in evaluation, where all its random blocks fall on the first
+      block. Blocks count from the first real token: pad on the right.
+
+    Args:
+        config: of the model.
+        length: of the inputs, in tokens; needed for BigBird.
+
+    Raises:
+        NotImplementedError: the family has no layout of its own that is known here.
+    """
+    file = _NATIVE.get(config.model_type)
+    if file is None:
+        raise NotImplementedError(
+            f"config got the family {config.model_type!r}, which has no layout of its own; it must be one of {sorted(_NATIVE)}; "
+            "choose a layout, for example SinkWindow(sink=64, window=1024)."
+        )
+    return import_module(f"{__name__}.{file}").native_layout(config, length)
 
 
 def _model_around(model: nn.Module, path: str) -> PreTrainedModel:

@@ -12,14 +12,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_blocksparse.transformers_masks import SequenceMask
 
+Setting = tuple[nn.Module, str, object]
+"""A module, the name of an attribute of it, and the value it has while attention is replaced."""
+
 
 class ReplacedAttention(nn.Module):
     """Mixed into a family's attention class, before it, to compute through transformers' attention interface."""
 
     @classmethod
-    def settings_of_the_model(cls, model: PreTrainedModel) -> dict[str, Any]:
-        """Attributes that the model around the replaced modules has while they are replaced."""
-        return {}
+    def settings_around(cls, model: PreTrainedModel) -> list[Setting]:
+        """What must be different in the model around the replaced modules while they are replaced."""
+        return []
 
     def attend(
         self,
@@ -33,23 +36,41 @@ class ReplacedAttention(nn.Module):
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """Attention over the module's layout, [batch, query_len, query_heads, head_dim] of [batch, heads, length, head_dim]."""
+        options = dict(scaling=scaling, dropout=dropout, alibi_slopes=alibi_slopes)
+        return self._call_interface(query, key, value, attention_mask, options)[0]
+
+    def attend_with_lse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the log-sum-exp of each row, [batch, query_heads, query_len]."""
+        options = dict(scaling=scaling, dropout=dropout, return_lse=True)
+        return self._call_interface(query, key, value, attention_mask, options)
+
+    def _call_interface(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
         implementation = self.config._attn_implementation
         if implementation != "block_sparse":
             raise NotImplementedError(
                 f"attn_implementation got {implementation!r} in a {type(self).__name__}, which stands for the model's own; it must be "
                 "'block_sparse'; call unpatch_model to have the model's own attention."
             )
-        out, _ = ALL_ATTENTION_FUNCTIONS["block_sparse"](
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout if self.training else 0.0,
-            alibi_slopes=alibi_slopes,
-        )
-        return out
+        if not self.training:
+            options["dropout"] = 0.0
+        attention = ALL_ATTENTION_FUNCTIONS["block_sparse"]
+        return attention(self, query, key, value, attention_mask, **options)
 
 
 def refuse_padding_between_tokens(attention_mask: Tensor | None) -> None:

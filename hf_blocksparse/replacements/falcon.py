@@ -16,6 +16,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, apply_ro
 
 from hf_blocksparse.replacements.base import (
     ReplacedAttention,
+    Setting,
     constant,
     geometric_slopes,
     refuse_padding_between_tokens,
@@ -30,9 +31,9 @@ def _slopes(num_heads: int, scale: float, device: torch.device) -> Tensor:
 
 class BlockSparseFalconAttention(ReplacedAttention, FalconAttention):
     @classmethod
-    def settings_of_the_model(cls, model: PreTrainedModel) -> dict[str, Any]:
+    def settings_around(cls, model: PreTrainedModel) -> list[Setting]:
         # With it, the model would write its bias into the mask.
-        return {"use_alibi": False}
+        return [(model, "use_alibi", False)]
 
     def forward(
         self,
