@@ -449,8 +449,9 @@ def test_a_big_bird_in_training_is_itself_with_its_blocks(length):
     state = np.random.get_state()[1].copy()
     layout = native_layout(model.config, length)
     assert (np.random.get_state()[1] == state).all()
-    layers = dict(layout.layers)
-    assert layers[0] != layers[1] or length == 144
+    first, second = dict(layout.layers).values()
+    # So short an input has no room for random blocks, and the family reads all of it.
+    assert first == second == Dense() if length == 144 else first != second
     expected = run(model, batch)
     assert_same(run(patch_model(model, layout), batch), expected)
     assert model.bert.attention_type == "original_full"

@@ -19,6 +19,8 @@ Setting = tuple[nn.Module, str, object]
 class ReplacedAttention(nn.Module):
     """Mixed into a family's attention class, before it, to compute through transformers' attention interface."""
 
+    _block_sparse: Any  # the LayerAttention that model_layouts hangs on each module with a layout
+
     @classmethod
     def settings_around(cls, model: PreTrainedModel) -> list[Setting]:
         """What must be different in the model around the replaced modules while they are replaced."""

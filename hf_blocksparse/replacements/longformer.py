@@ -14,7 +14,6 @@ from transformers.masking_utils import bidirectional_mask_function
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from hf_blocksparse.layouts import Dense, PerLayer, SlidingWindow
-from hf_blocksparse.model_layouts import state_of
 from hf_blocksparse.replacements.base import ReplacedAttention
 from hf_blocksparse.transformers_masks import SequenceMask, make_mask
 
@@ -66,8 +65,7 @@ class BlockSparseLongformerSelfAttention(ReplacedAttention, LongformerSelfAttent
 
     def _window(self) -> int:
         """Keys at this distance and beyond are outside the layout."""
-        state = state_of(self)
-        layout = None if state is None else state.layout
+        layout = self._block_sparse.layout
         if isinstance(layout, SlidingWindow):
             return layout.window
         if isinstance(layout, Dense):
