@@ -1,4 +1,4 @@
-"""Measurements of causal language models: perplexity by position, repeat probe, time, memory.
+"""Measurements of causal language models: perplexity by position, repeat probe, needle recall, time, memory.
 
 Each function takes any transformers causal model, dense or sparse, and returns a frozen dataclass
 of plain numbers. Logits never exist for more than `chunk_tokens` positions at once, so long windows
@@ -27,7 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What `needle_recall` hides and asks for; the prompts of arXiv 2305.16300 in fewer words.
+NEEDLE_STATEMENT = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
+NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
+NEEDLE_ANSWER = " {key}"
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -98,6 +103,36 @@ class RepeatProbe:
 
 
 @dataclass(frozen=True)
+class NeedleDistance:
+    """Trials whose statement ended `distance_tokens` before the question.
+
+    Attributes:
+        num_recalled: trials in which greedy decoding gives every token of the answer.
+        answer_nll_nats: mean negative log-likelihood of a token of the answer, in nats.
+    """
+
+    distance_tokens: int
+    num_recalled: int
+    answer_nll_nats: float
+
+
+@dataclass(frozen=True)
+class NeedleRecall:
+    """Passkey retrieval, and its control: the same questions where nothing was hidden.
+
+    Attributes:
+        context_tokens: tokens of every prompt, answer included.
+        control_recalled, control_nll_nats: of prompts with text in the statement's place; what guessing gives.
+    """
+
+    num_trials: int
+    context_tokens: int
+    distances: tuple[NeedleDistance, ...]
+    control_recalled: int
+    control_nll_nats: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """Time and memory of one function.
 
@@ -152,11 +187,26 @@ def next_token_losses(
         )
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
+    return chunked_losses(
+        head, hidden[:, first_target - 1 : -1], tokens[:, first_target:], chunk_tokens=chunk_tokens
+    )
+
+
+def chunked_losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int = 1024
+) -> Tensor:
+    """Cross-entropy of `head(hidden)` in nats, float32 `[batch, length]`, differentiable.
+
+    Args:
+        head: output embedding.
+        hidden: `[batch, length, hidden_size]`, what predicts `targets`.
+        targets: int64 `[batch, length]`; where -100, the loss is 0.
+        chunk_tokens: positions whose logits exist at once. With gradients each chunk is recomputed
+            in the backward.
+    """
     losses = []
     for hidden_chunk, target_chunk in zip(
-        hidden[:, first_target - 1 : -1].split(chunk_tokens, 1),
-        tokens[:, first_target:].split(chunk_tokens, 1),
-        strict=True,
+        hidden.split(chunk_tokens, 1), targets.split(chunk_tokens, 1), strict=True
     ):
         if torch.is_grad_enabled():
             loss = checkpoint(_chunk_loss, head, hidden_chunk, target_chunk, use_reentrant=False)
@@ -177,7 +227,7 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
+def check_head(model: PreTrainedModel, tokens: Tensor) -> None:
     """Refuse models that change their logits after the output embedding (softcap, logit scale)."""
     tokens = tokens[:1, :8]
     head = model.get_output_embeddings()
@@ -247,7 +297,7 @@ def perplexity(
             disable=not progress,
         ) as bar,
     ):
-        _check_head(model, windows[:1].to(device))
+        check_head(model, windows[:1].to(device))
         for number, window in enumerate(windows):
             losses = next_token_losses(
                 model,
@@ -345,7 +395,7 @@ def repeat_probe(
             total=probes.numel(), desc=label, unit="token", unit_scale=True, disable=not progress
         ) as bar,
     ):
-        _check_head(model, probes[:1].to(device))
+        check_head(model, probes[:1].to(device))
         for probe in probes:
             losses = next_token_losses(model, probe[None].to(device), chunk_tokens=chunk_tokens)
             first_sum += losses[0, : passage_tokens - 1].double().sum().item()
@@ -358,6 +408,98 @@ def repeat_probe(
         gap_tokens=gap_tokens,
         first_perplexity=math.exp(first_sum / scored),
         copy_perplexity=math.exp(copy_sum / scored),
+    )
+
+
+def needle_recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    haystacks: Tensor,
+    *,
+    distances: Sequence[int],
+    seed: int = 0,
+    label: str = "needle",
+    progress: bool = True,
+) -> NeedleRecall:
+    """Passkey retrieval at several distances: "Landmark Attention", arXiv 2305.16300, section 4.3.
+
+    Each prompt is a haystack in which `NEEDLE_STATEMENT`, with a random key of five digits, replaces
+    as many tokens of text, `distance` tokens before `NEEDLE_QUESTION` and the answer at the end. A
+    trial is recalled if every token of the answer is the most likely one given those before it, so
+    if greedy decoding gives the answer. The control asks where the text was left as it was. A
+    statement among the first tokens may lie in a layout's sinks: choose distances that keep away.
+
+    Args:
+        haystacks: int64 `[num_trials, context_tokens]`, text of the model's own kind.
+        distances: tokens between the statement and the question, each 0 or more.
+        seed: of the keys; the same keys at every distance.
+    """
+    _check_windows("haystacks", haystacks)
+    num_trials, context = haystacks.shape
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(10_000, 100_000, (num_trials,), generator=generator).tolist()
+    device = next(model.parameters()).device
+    distances = tuple(distances)
+
+    def encode(text: str) -> Tensor:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    question = encode(NEEDLE_QUESTION)
+    statements = [encode(NEEDLE_STATEMENT.format(key=key)) for key in keys]
+    answers = [encode(NEEDLE_ANSWER.format(key=key)) for key in keys]
+    room = min(
+        context - 1 - len(statement) - len(question) - len(answer)
+        for statement, answer in zip(statements, answers, strict=True)
+    )
+    if not distances or min(distances) < 0 or max(distances) > room:
+        raise ValueError(
+            f"distances got {distances} in prompts of {context} tokens; each must lie in 0..{room}, "
+            "so that statement, question and answer fit; choose others or longer haystacks."
+        )
+
+    def ask(text: Tensor, answer: Tensor) -> tuple[bool, float]:
+        prompt = torch.cat((text, question, answer))[None].to(device)
+        hidden = model.base_model(input_ids=prompt, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[0, -1 - len(answer) : -1]).float()
+        expected = answer.to(device)
+        recalled = bool((logits.argmax(-1) == expected).all())
+        return recalled, F.cross_entropy(logits, expected).item()
+
+    found: dict[int | None, list[tuple[bool, float]]] = {key: [] for key in (None, *distances)}
+    with (
+        _evaluation_mode(model),
+        tqdm(
+            total=num_trials * len(found) * context,
+            desc=label,
+            unit="token",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+    ):
+        check_head(model, haystacks[:1].to(device))
+        for haystack, statement, answer in zip(haystacks, statements, answers, strict=True):
+            text = haystack[: context - len(question) - len(answer)]
+            for distance, results in found.items():
+                hidden_in = text
+                if distance is not None:
+                    end = len(text) - distance
+                    hidden_in = torch.cat((text[: end - len(statement)], statement, text[end:]))
+                results.append(ask(hidden_in, answer))
+                bar.update(context)
+    summed = {
+        distance: (
+            sum(recalled for recalled, _ in results),
+            statistics.fmean(nll for _, nll in results),
+        )
+        for distance, results in found.items()
+    }
+    return NeedleRecall(
+        num_trials=num_trials,
+        context_tokens=context,
+        distances=tuple(NeedleDistance(distance, *summed[distance]) for distance in distances),
+        control_recalled=summed[None][0],
+        control_nll_nats=summed[None][1],
     )
 
 

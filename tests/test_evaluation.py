@@ -13,8 +13,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from hf_blocksparse.evaluation import (
     Cost,
     PositionBucket,
+    chunked_losses,
     in_fresh_process,
     measure_cost,
+    needle_recall,
     next_token_losses,
     nll_difference,
     perplexity,
@@ -122,6 +124,97 @@ def test_repeat_probe_scores_passage_and_copy(model, windows):
     assert losses[:, 30:].shape[1] == 11
     assert result.first_perplexity == pytest.approx(first, rel=1e-5)
     assert result.copy_perplexity == pytest.approx(copy, rel=1e-5)
+
+
+def test_chunked_losses_skip_targets_of_minus_100(model, windows):
+    hidden = model.model(windows).last_hidden_state[:, :-1]
+    targets = windows[:, 1:].clone()
+    targets[:, ::3] = -100
+    losses = chunked_losses(model.lm_head, hidden, targets, chunk_tokens=5)
+    expected = plain_losses(model, windows).masked_fill(targets == -100, 0)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Reader(torch.nn.Module):
+    """A language model that answers with what stood after the last place where its last five tokens stood before, within
+    `reach` tokens; so it knows a passkey exactly as far as it reads.
+    """
+
+    class Body(torch.nn.Module):
+        def __init__(self, reach):
+            super().__init__()
+            self.reach = reach
+
+        def forward(self, input_ids, use_cache=False):
+            (ids,) = input_ids.tolist()
+            hidden = torch.zeros(1, len(ids), 256)
+            places: dict = {}
+            for end in range(5, len(ids) + 1):
+                last = tuple(ids[end - 5 : end])
+                if end - places.get(last, -self.reach) < self.reach:
+                    hidden[0, end - 1, ids[places[last]]] = 9.0
+                places[last] = end
+            return type("Output", (), {"last_hidden_state": hidden, "logits": hidden})
+
+    def __init__(self, reach):
+        super().__init__()
+        self.base_model = self.Body(reach)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, use_cache=False):
+        return self.base_model(input_ids)
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
+
+
+class Bytes:
+    def __call__(self, text, **options):
+        return type("Encoding", (), {"input_ids": list(text.encode())})
+
+
+def test_needle_is_recalled_as_far_as_the_model_reads():
+    haystacks = torch.arange(128, 228).repeat(3)[None].repeat(4, 1)
+    haystacks[:, 100:200] = torch.arange(227, 127, -1)
+    haystacks[:, 200:] = torch.arange(128, 228).roll(50)
+    results = needle_recall(
+        Reader(reach=120), Bytes(), haystacks, distances=(0, 10, 80), progress=False
+    )
+    assert (results.num_trials, results.context_tokens) == (4, 300)
+    near, close, far = results.distances
+    assert (near.distance_tokens, close.distance_tokens, far.distance_tokens) == (0, 10, 80)
+    assert near.num_recalled == close.num_recalled == 4
+    assert far.num_recalled == results.control_recalled == 0
+    assert near.answer_nll_nats < 1 < far.answer_nll_nats
+
+
+def test_needle_control_and_prompts_differ_in_the_statement_alone(model):
+    seen = []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+    )
+    haystack = torch.randint(97, (1, 120), generator=torch.Generator().manual_seed(2))
+
+    class Small(Bytes):
+        def __call__(self, text, **options):
+            return type("Encoding", (), {"input_ids": [byte % 97 for byte in text.encode()]})
+
+    needle_recall(model, Small(), haystack, distances=(7,), progress=False)
+    control, prompt = seen[-2:]
+    assert len(control) == len(prompt) == 120
+    question = len("\nWhat is the pass key? The pass key is 12345")
+    assert torch.equal(control[: 120 - question], haystack[0, : 120 - question])
+    differing = (control != prompt).nonzero().flatten()
+    assert differing.max() < 120 - question - 7
+    statement = len("\nThe pass key is 12345. Remember it: 12345 is the pass key.\n")
+    assert differing.min() >= 120 - question - 7 - statement
+
+
+def test_needle_distances_that_do_not_fit_are_refused(model, windows):
+    with pytest.raises(
+        ValueError, match=r"distances got \(900,\) in prompts of 1000 tokens; .* 0..895"
+    ):
+        needle_recall(model, Bytes(), torch.zeros(1, 1000, dtype=torch.int64), distances=(900,))
 
 
 def test_a_softcap_after_the_output_embedding_is_refused(windows):
