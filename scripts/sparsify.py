@@ -19,10 +19,9 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,23 @@ from attention_cost import (
     WHOLE_MODEL,
     attention_alone,
     autocast,
+    cost_row,
     whole_model,
 )
 from corpus import PYTHON_SOURCES, Corpus, Windows, cut_windows, load_corpus
 from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import PIP_MODEL, find_model, load_model, load_tokenizer, public_name
+from protocol import (
+    Phases,
+    describe_layout,
+    model_facts,
+    probe_repeats,
+    score_windows,
+    set_attention,
+)
 from sparsify_results import (
     CostRow,
-    LayoutFacts,
     ModelFacts,
     Quality,
     Reload,
@@ -59,18 +66,13 @@ from hf_blocksparse import (
     Layout,
     PerLayer,
     SlidingWindow,
-    patch_model,
-    unpatch_model,
 )
 from hf_blocksparse.evaluation import (
     NllDifference,
     Perplexity,
     RepeatProbe,
-    in_fresh_process,
     next_token_losses,
     nll_difference,
-    perplexity,
-    repeat_probe,
 )
 from hf_blocksparse.run_record import (
     FORMAT_VERSION,
@@ -226,63 +228,6 @@ def resolve(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-class Phases:
-    """Says what is being done, and keeps how long it took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-def describe_layout(layout: Layout, num_layers: int, num_heads: int, context: int) -> LayoutFacts:
-    """Density over all layers, and the plain window with at least as many coefficients."""
-    if isinstance(layout, PerLayer):
-        named = {key: value.for_layer(key) for key, value in layout.layers if type(key) is int}
-        if len(named) != len(layout.layers):
-            raise ValueError(
-                f"layout got the keys {[key for key, _ in layout.layers]}; this script counts "
-                "coefficients by layer number; name layers by number."
-            )
-        layers = [named.get(layer) for layer in range(num_layers)]
-    else:
-        layers = [layout.for_layer(layer) for layer in range(num_layers)]
-    density_of: dict[Layout | None, float] = {None: 1.0}
-    for layer in layers:
-        if layer not in density_of:
-            assert layer is not None
-            density_of[layer] = layer.density(context, is_causal=True, num_heads=num_heads)
-    density = sum(density_of[layer] for layer in layers) / num_layers
-    triangle = context * (context + 1) // 2
-
-    def kept_by_window(window: int) -> int:
-        return window * context - window * (window - 1) // 2
-
-    # The rounding keeps a window that has exactly as many coefficients.
-    budget = round(density * triangle)
-    window = next(size for size in range(1, context + 1) if kept_by_window(size) >= budget)
-    return LayoutFacts(
-        layout=layout.to_dict(),
-        description=repr(layout),
-        density=density,
-        window_tokens=window,
-        window_density=kept_by_window(window) / triangle,
-    )
-
-
-def set_attention(model: PreTrainedModel, layout: Layout | None) -> None:
-    """Patch with `layout`; None is the model's own dense attention."""
-    if getattr(model.config, "block_sparse", None) is not None:
-        unpatch_model(model)
-    if layout is not None:
-        patch_model(model, layout)
-
-
 @dataclass
 class Measurements:
     """Measures rows on the same held-out windows and collects them."""
@@ -300,25 +245,25 @@ class Measurements:
         self.rows: list[Quality] = []
 
     def perplexity(self, model: PreTrainedModel, label: str, windows: Tensor) -> Perplexity:
-        scored_from = windows.shape[1] - self.score_tokens
-        edges = [scored_from]
-        if self.bucket_tokens is not None:
-            edges = [max(1, start) for start in range(0, scored_from, self.bucket_tokens)] + edges
-        with autocast(self.device, self.dtype):
-            return perplexity(model, windows, edges=edges, label=f"  {label}")
+        return score_windows(
+            model,
+            windows,
+            score_tokens=self.score_tokens,
+            bucket_tokens=self.bucket_tokens,
+            dtype=self.dtype,
+            label=label,
+        )
 
     def probe(self, model: PreTrainedModel, label: str) -> RepeatProbe:
-        """Passages are the starts of held-out windows; the text between comes from another one."""
-        windows, passage = self.held_out.tokens, self.probe_passage_tokens
-        gap = windows.roll(1, 0)[:, passage : passage + self.probe_gap_tokens]
-        gap = gap[: self.probe_passages]
-        with autocast(self.device, self.dtype):
-            return repeat_probe(
-                model,
-                windows[: self.probe_passages, :passage],
-                gap,
-                label=f"  {label}, repeat probe",
-            )
+        return probe_repeats(
+            model,
+            self.held_out.tokens,
+            num_passages=self.probe_passages,
+            passage_tokens=self.probe_passage_tokens,
+            gap_tokens=self.probe_gap_tokens,
+            dtype=self.dtype,
+            label=label,
+        )
 
     def add(self, model: PreTrainedModel, label: str, *, probe: bool) -> Perplexity:
         measured = self.perplexity(model, label, self.held_out.tokens)
@@ -403,58 +348,35 @@ def measure_costs(
         layout = layouts[name]
         implementation = name if layout is None else "block_sparse"
         plain = None if layout is None else layout.to_dict()
-        cost, failure = None, None
-        try:
-            if part == ALONE:
-                cost = in_fresh_process(
-                    attention_alone,
-                    implementation,
-                    plain,
-                    query_heads=model.query_heads,
-                    kv_heads=model.kv_heads,
-                    head_dim=model.head_dim,
-                    context_tokens=arguments.context_tokens,
-                    device=device,
-                    dtype=dtype,
-                    repetitions=arguments.attention_repetitions,
-                )
-            else:
-                cost = in_fresh_process(
-                    whole_model,
-                    implementation,
-                    plain,
-                    path=path,
-                    tokens=windows.tokens[:1].tolist(),
-                    work=work,
-                    first_target=arguments.context_tokens - arguments.score_tokens,
-                    device=device,
-                    dtype=dtype,
-                    repetitions=arguments.repetitions,
-                    warmup=0 if device.type == "cpu" else 1,
-                )
-        except torch.OutOfMemoryError:
-            failure = "out of GPU memory"
-        except BrokenProcessPool:
-            failure = "ended by the system, most likely for memory"
-        rows.append(CostRow(name, part, work, cost, failure))
+        if part == ALONE:
+            measure = partial(
+                attention_alone,
+                implementation,
+                plain,
+                query_heads=model.query_heads,
+                kv_heads=model.kv_heads,
+                head_dim=model.head_dim,
+                context_tokens=arguments.context_tokens,
+                device=device,
+                dtype=dtype,
+                repetitions=arguments.attention_repetitions,
+            )
+        else:
+            measure = partial(
+                whole_model,
+                implementation,
+                plain,
+                path=path,
+                tokens=windows.tokens[:1].tolist(),
+                work=work,
+                first_target=arguments.context_tokens - arguments.score_tokens,
+                device=device,
+                dtype=dtype,
+                repetitions=arguments.repetitions,
+                warmup=0 if device.type == "cpu" else 1,
+            )
+        rows.append(cost_row(name, part, work, measure))
     return rows
-
-
-def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    return ModelFacts(
-        name=source.name,
-        base_model=source.base_model,
-        licence=source.licence,
-        notes=source.notes,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_layers=config.num_hidden_layers,
-        query_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_positions=config.max_position_embeddings,
-    )
 
 
 def check_reloaded(folder: Path, layout: Layout, device: torch.device) -> PreTrainedModel:

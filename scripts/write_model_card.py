@@ -1,6 +1,6 @@
 """Write the model card of a run from its record alone.
 
-python scripts/write_model_card.py model_cards/NAME/results/sparsify.json
+python scripts/write_model_card.py model_cards/NAME/results/finetune.json
 """
 
 import argparse
@@ -9,27 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attention_cost import FORWARD, FORWARD_AND_BACKWARD, WHOLE_MODEL
+from card_parts import (
+    device_sentence,
+    markdown_table,
+    model_sentence,
+    quantity,
+    source_sentences,
+)
+from evaluation_card import render_evaluation
 from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import CostRow, Quality, SparsifyResults
 
 from hf_blocksparse.run_record import RunRecord, from_plain, read_record
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as text, too: columns padded, all but the first to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def join(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = "|" + "|".join(
-        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
-        for column, width in enumerate(widths)
-    )
-    return "\n".join([join(header), rule + "|", *map(join, rows)])
 
 
 def quality_table(results: SparsifyResults) -> str:
@@ -121,14 +112,13 @@ def card_metadata(results: SparsifyResults) -> str:
 
 
 TUNED = ", fine-tuned"
-
-
-def quantity(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+EVALUATION_SCRIPTS = ("evaluate.py", "finetune.py")
 
 
 def render(record: RunRecord, record_path: str) -> str:
     """The whole card, as markdown with its YAML header."""
+    if record.script in EVALUATION_SCRIPTS:
+        return render_evaluation(record, record_path)
     results = from_plain(SparsifyResults, record.results)
     model, layout = results.model, results.layout
     training = results.trainings[-1]
@@ -242,25 +232,16 @@ def _explain_costs(results: SparsifyResults) -> str:
 
 
 def _explain_making(record: RunRecord, results: SparsifyResults) -> str:
-    environment, model, training = record.environment, results.model, results.trainings[-1]
-    device = environment.device
-    if device == "cpu":
-        device = f"CPU, {environment.processor}, {environment.cpu_threads} threads"
-    commit = environment.git_commit or "not from a git checkout"
-    changed = ", with local changes" if environment.git_changed else ""
-    versions = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    model, training = results.model, results.trainings[-1]
     lines = (
-        f"Device: {device}. Computed in {record.arguments['dtype']} with float32 weights.",
-        f"Model: {model.num_parameters / 1e6:.1f} million parameters, {model.num_layers} layers, "
-        f"{model.query_heads} query and {model.kv_heads} key heads of {model.head_dim}.",
+        f"{device_sentence(record)} Computed in {record.arguments['dtype']} with float32 weights.",
+        model_sentence(model),
         f"Training: AdamW, learning rate {record.arguments['learning_rate']:g} falling to 0, "
         f"{training.tokens_per_step:,} tokens a step, loss {training.losses_nats[0]:.3f} to "
         f"{training.losses_nats[-1]:.3f} nats, on documents other than the held-out ones.",
         f"Saved and loaded again through AutoModel: the loss changed by "
         f"{results.reload.nll_change_nats:.1e} nats.",
-        f"Seed {record.seed}. Python {environment.python}, {versions}.",
-        f"Source: {commit}{changed}. Started {environment.started_at}, took "
-        f"{sum(record.timings_seconds.values()):.0f} s.",
+        *source_sentences(record),
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -277,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("record", type=Path, help="the JSON that sparsify.py wrote")
+    parser.add_argument("record", type=Path, help="the JSON that one of the scripts wrote")
     print(write_model_card(parser.parse_args(argv).record))
 
 

@@ -2,20 +2,14 @@
 
 import importlib.util
 import json
-import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from script_inputs import byte_tokenizer, write_model, write_text
+from transformers import AutoModelForCausalLM
 
 from hf_blocksparse import PerLayer, SinkWindow, SlidingWindow, unpatch_model
 from hf_blocksparse.evaluation import perplexity
@@ -39,41 +33,14 @@ SMALL += ["--bucket-tokens=48", "--probe-passages=2"]
 SMALL += ["--probe-passage-tokens=32", "--probe-gap-tokens=64", f"--layout={json.dumps(LAYOUT)}"]
 
 
-def byte_tokenizer():
-    alphabet = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for number in range(12):
-        words = " ".join(draw.choice(("sparse", "tiles", "keep", "few")) for _ in range(90))
-        (folder / f"{number:02d}.txt").write_text(f"{number:02d} {words}")
-    (folder / "short.txt").write_text("too short for a window")
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,279 @@
+"""Measure a model with any layouts, beside dense attention: perplexity, probes, time, memory.
+
+    python scripts/evaluate.py --model runs/NAME/model --layouts sink_window:sink=64,window=960 bigbird
+    python scripts/evaluate.py --context-tokens 512 --windows 1 --cost-repetitions 1 \\
+        --layouts sink_window:sink=16,window=48 sink_window:sink=16,window=112   # a minute on a CPU
+
+On a GPU: `--device cuda --dtype bfloat16`, and `--cost-tokens 8192 32768 131072` for time and memory
+against length. A sparse model is measured with its own layout if none is named. Every layout is
+measured beside dense attention, a plain sliding window of the same budget and dense attention that is
+cut to short contexts, on the same held-out tokens: see protocol.py. Writes the record, figures (the
+frontier of density, perplexity and time among them) and a card to `model_cards/NAME`.
+"""
+
+import gc
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention_cost import FORWARD_AND_BACKWARD
+from corpus import Windows, cut_windows, load_corpus
+from evaluation_card import cost_table, quality_table
+from evaluation_results import DENSE, GIVEN, EvaluationResults
+from plot import draw_figures
+from pretrained import ModelSource, find_model, load_model, load_tokenizer, public_name
+from protocol import (
+    Measurements,
+    ModelArguments,
+    Phases,
+    ProtocolArguments,
+    TextArguments,
+    attentions_side_by_side,
+    measure_costs,
+    model_facts,
+    read_layout,
+    set_attention,
+)
+from sparsify_results import TextFacts
+from transformers import HfArgumentParser, PreTrainedModel
+from write_model_card import write_model_card
+
+from hf_blocksparse import Layout, PerLayer
+from hf_blocksparse.model_layouts import ALL_LAYERS, read_section
+from hf_blocksparse.run_record import (
+    FORMAT_VERSION,
+    Environment,
+    RunRecord,
+    describe_environment,
+    to_plain,
+    write_record,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class EvaluateArguments:
+    """What is measured, where, and what becomes of it."""
+
+    layouts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "presets, kind:option=value,..., JSON or files; default: the model's own"
+        },
+    )
+    name: str | None = field(default=None, metadata={"help": "of the result; default: the model's"})
+    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    dtype: str = field(
+        default="float32",
+        metadata={"choices": ["float32", "bfloat16"], "help": "computed in; weights stay float32"},
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads"})
+    seed: int = field(default=0, metadata={"help": "of the passkeys"})
+    cards: str = field(
+        default=str(REPOSITORY / "model_cards"), metadata={"help": "folder of results"}
+    )
+
+
+def own_layout(model: PreTrainedModel) -> Layout | None:
+    """The layout that a sparse checkpoint was saved with."""
+    section = getattr(model.config, "block_sparse", None)
+    if section is None:
+        return None
+    layouts = read_section(section)
+    return layouts[ALL_LAYERS] if set(layouts) == {ALL_LAYERS} else PerLayer(layouts)
+
+
+def check_costs(protocol: ProtocolArguments, device: torch.device) -> None:
+    """Refuse what no device of this kind can run."""
+    if (
+        device.type == "cpu"
+        and protocol.cost_repetitions
+        and protocol.cost_work == FORWARD_AND_BACKWARD
+        and "flex_attention" in protocol.cost_attentions
+    ):
+        raise ValueError(
+            "cost_attentions got flex_attention on a CPU, where it has no backward; leave it out, or "
+            "measure cost_work forward."
+        )
+
+
+def check_context(context_tokens: int, model: PreTrainedModel, name: str) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and context_tokens > positions:
+        raise ValueError(
+            f"context_tokens got {context_tokens}, but {name} has {positions} positions; the context "
+            "must lie within them; shorten it, or stretch the positions with --yarn-factor "
+            f"{-(-context_tokens // positions)}."
+        )
+
+
+def text_facts(text: TextArguments, corpus: Any, held_out: Windows, training: Windows) -> TextFacts:
+    return TextFacts(
+        corpus=corpus.name,
+        description=corpus.description,
+        held_out_documents=held_out.documents,
+        held_out_sha256=held_out.sha256,
+        training_documents=training.documents,
+        training_sha256=training.sha256,
+    )
+
+
+def read_text(text: TextArguments) -> Any:
+    return load_corpus(
+        text.dataset,
+        text_column=text.text_column,
+        max_documents=text.max_documents,
+        config=text.dataset_config,
+        split=text.dataset_split,
+    )
+
+
+def find_source(arguments: ModelArguments, folder: Path) -> ModelSource:
+    return find_model(
+        arguments.model,
+        folder,
+        yarn_factor=arguments.yarn_factor,
+        base_model=arguments.base_model,
+        licence=arguments.licence,
+    )
+
+
+def recorded_arguments(*groups: Any, **changed: Any) -> dict[str, Any]:
+    """The arguments as resolved. Folders are those of one machine; what they held is recorded by digest."""
+    recorded: dict[str, Any] = {}
+    for group in groups:
+        recorded |= group if isinstance(group, dict) else asdict(group)
+    for key in ("model", "dataset"):
+        recorded[key] = public_name(recorded[key])
+    return {key: value for key, value in (recorded | changed).items() if key != "cards"}
+
+
+def publish(
+    results: EvaluationResults,
+    *,
+    script: str,
+    arguments: dict[str, Any],
+    seed: int,
+    environment: Environment,
+    phases: Phases,
+    cards: Path,
+) -> Path:
+    """Write record, figures and card; print the tables. Returns the card's path."""
+    record = cards / results.name / "results" / f"{Path(script).stem}.json"
+    write_record(
+        RunRecord(
+            version=FORMAT_VERSION,
+            script=Path(script).name,
+            arguments=arguments,
+            seed=seed,
+            environment=environment,
+            timings_seconds=phases.seconds,
+            results=to_plain(results),
+        ),
+        record,
+    )
+    draw_figures(record)
+    card = write_model_card(record)
+    print(f"\n{quality_table(results)}\n")
+    if results.costs:
+        print(f"{cost_table(results)}\n")
+    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
+    return card
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, TextArguments, ProtocolArguments, EvaluateArguments), description=__doc__
+    )
+    model_arguments, text, protocol, arguments = parser.parse_args_into_dataclasses(
+        None if argv is None else list(argv)
+    )
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    protocol.resolve(text.context_tokens)
+    check_costs(protocol, device)
+    layouts = [read_layout(value) for value in arguments.layouts or ()]
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    name = arguments.name or public_name(model_arguments.model).split("/")[-1]
+    environment = describe_environment(device)
+    phases = Phases()
+    with tempfile.TemporaryDirectory() as temporary:
+        with phases("load the model"):
+            source = find_source(model_arguments, Path(temporary))
+            model = load_model(source.path, device, attn_implementation=None)
+            tokenizer = load_tokenizer(source.path)
+            own = own_layout(model)
+            if not layouts and own is not None:
+                layouts = [own]
+            if not layouts:
+                raise ValueError(
+                    f"layouts got nothing, and {name} has no layout of its own; at least one is measured "
+                    "beside dense attention; name one, such as sink_window:sink=64,window=960."
+                )
+            set_attention(model, None)
+            facts = model_facts(model, source)
+            check_context(text.context_tokens, model, name)
+            attentions = attentions_side_by_side(layouts, facts, text.context_tokens)
+            for _, layout in attentions.values():
+                set_attention(model, layout)
+        with phases("read the text"):
+            corpus = read_text(text)
+            held_out, training = cut_windows(
+                corpus,
+                tokenizer,
+                window_tokens=text.context_tokens,
+                num_held_out=protocol.windows,
+                num_training=0,
+                seed=arguments.seed,
+            )
+        measurements = Measurements(protocol, held_out, tokenizer, dtype, arguments.seed)
+        with phases("measure quality"):
+            dense = measurements.add_dense(model, weights=GIVEN, baseline=None)
+            for attention, (_, layout) in attentions.items():
+                if attention != DENSE:
+                    set_attention(model, layout)
+                    measurements.add(model, weights=GIVEN, attention=attention, baseline=dense)
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with phases("measure time and memory"):
+            costs = measure_costs(
+                protocol, source.path, attentions, held_out, device=device, dtype=dtype
+            )
+    results = EvaluationResults(
+        name=name,
+        context_tokens=text.context_tokens,
+        scored_tokens=protocol.score_tokens,
+        model=facts,
+        text=text_facts(text, corpus, held_out, training),
+        attentions=tuple(facts for facts, _ in attentions.values()),
+        qualities=tuple(measurements.rows),
+        costs=tuple(costs),
+        trainings=(),
+    )
+    publish(
+        results,
+        script=__file__,
+        arguments=recorded_arguments(
+            model_arguments,
+            text,
+            protocol,
+            arguments,
+            layouts=[json.dumps(layout.to_dict()) for layout in layouts],
+            name=name,
+        ),
+        seed=arguments.seed,
+        environment=environment,
+        phases=phases,
+        cards=Path(arguments.cards),
+    )
+
+
+if __name__ == "__main__":
+    main()

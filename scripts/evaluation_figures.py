@@ -1,0 +1,125 @@
+"""The figures of `evaluate.py` and `finetune.py`, from their results alone; `plot.py` draws them."""
+
+from pathlib import Path
+from typing import Any
+
+from evaluation_card import row_label
+from evaluation_results import DENSE, GIVEN, LAYOUT, PRETRAINED, SAME_BUDGET, EvaluationResults
+
+
+def new_figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def draw_perplexity(results: EvaluationResults, path: Path) -> None:
+    """Perplexity by position, of every row that read whole windows; a point stands at its bucket's end."""
+    figure = new_figure(7.2, 4.4)
+    axes = figure.add_subplot()
+    for row in results.qualities:
+        if row.read_tokens < results.context_tokens:
+            continue
+        role = results.attention(row.attention).role
+        axes.plot(
+            [bucket.end_position for bucket in row.perplexity.buckets],
+            [bucket.perplexity for bucket in row.perplexity.buckets],
+            label=row_label(row, results),
+            marker="o",
+            markersize=3,
+            linestyle={DENSE: "--", SAME_BUDGET: ":"}.get(role, "-"),
+        )
+    axes.set(xlabel="position in the window, tokens", ylabel="perplexity", yscale="log")
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def draw_frontier(results: EvaluationResults, path: Path) -> None:
+    """Perplexity against density and, where it was measured, against the time of the longest length."""
+    timed = {
+        cost.row.attention: cost.row.cost.median_seconds
+        for cost in sorted(results.costs, key=lambda cost: cost.tokens)
+        if cost.row.cost is not None
+    }
+    if "sdpa" in timed:
+        timed[DENSE] = timed["sdpa"]
+    whole = [row for row in results.qualities if row.read_tokens == results.context_tokens]
+    # Weights trained with one attention and measured with another belong to neither point.
+    rows = [row for row in whole if row.weights in (row.attention, PRETRAINED, GIVEN)]
+    figure = new_figure(10.4 if timed else 5.4, 4.2)
+    charts = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    marks = {DENSE: "s", SAME_BUDGET: "x", LAYOUT: "o"}
+    colours = {PRETRAINED: "tab:gray", GIVEN: "tab:blue"}
+    for row in rows:
+        attention = results.attention(row.attention)
+        style = dict(marker=marks[attention.role], color=colours.get(row.weights, "tab:blue"))
+        places = [(charts[0], attention.density * 100)]
+        if timed and row.attention in timed:
+            places.append((charts[1], timed[row.attention]))
+        for chart, x in places:
+            chart.plot(x, row.perplexity.perplexity, linestyle="", **style)
+            chart.annotate(
+                row_label(row, results),
+                (x, row.perplexity.perplexity),
+                fontsize=6,
+                xytext=(4, 3),
+                textcoords="offset points",
+            )
+    charts[0].set(xlabel="density, % of the causal coefficients", ylabel="perplexity")
+    charts[0].set_xlim(0, 130)
+    if timed:
+        tokens = max(cost.tokens for cost in results.costs)
+        work = results.costs[0].row.work
+        charts[1].set(xlabel=f"seconds at {tokens:,} tokens, {work}", xlim=(0, None))
+        charts[1].margins(x=0.3)
+    save(figure, path)
+
+
+def draw_costs(results: EvaluationResults, path: Path) -> None:
+    """Time and peak memory against length, one line per attention."""
+    figure = new_figure(10.4, 4.2)
+    time, memory = figure.subplots(1, 2)
+    for name in dict.fromkeys(cost.row.attention for cost in results.costs):
+        points = sorted(
+            (cost.tokens, cost.row.cost)
+            for cost in results.costs
+            if cost.row.attention == name and cost.row.cost is not None
+        )
+        tokens = [length for length, _ in points]
+        time.plot(tokens, [cost.median_seconds for _, cost in points], marker="o", label=name)
+        memory.plot(tokens, [cost.peak_bytes / 2**30 for _, cost in points], marker="o", label=name)
+    work = results.costs[0].row.work
+    time.set(xlabel="tokens", ylabel=f"seconds, {work}", xscale="log", yscale="log")
+    memory.set(xlabel="tokens", ylabel="peak memory, GiB", xscale="log", yscale="log")
+    time.legend(fontsize=7)
+    save(figure, path)
+
+
+def draw_training(results: EvaluationResults, path: Path) -> None:
+    """Training loss against tokens, one line per attention."""
+    figure = new_figure(7.2, 4.2)
+    axes = figure.add_subplot()
+    for run in results.trainings:
+        tokens = [step * run.tokens_per_step / 1e6 for step in run.logged_steps]
+        axes.plot(tokens, run.losses_nats, label=run.attention, linewidth=1)
+    axes.set(xlabel="million tokens", ylabel="training loss, nats")
+    axes.legend(fontsize=7)
+    save(figure, path)
+
+
+def draw_evaluation(results: EvaluationResults, folder: Path) -> list[Path]:
+    """Every figure these results have something to show for, into `folder`."""
+    drawings = {"perplexity_by_position": draw_perplexity, "frontier": draw_frontier}
+    if results.costs:
+        drawings["cost_by_length"] = draw_costs
+    if results.trainings:
+        drawings["training"] = draw_training
+    paths = [folder / f"{name}.png" for name in drawings]
+    for draw, path in zip(drawings.values(), paths, strict=True):
+        draw(results, path)
+    return paths
