@@ -522,6 +522,13 @@ def _resident_bytes() -> tuple[int, int]:
     )
 
 
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Highest memory of this process until now in bytes, and what is counted, as `Cost.memory_kind` names it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda allocated"
+    return _resident_bytes()[1], "process resident set"
+
+
 def _forget_resident_peak() -> None:
     # Linux alone can; sandboxes without that file keep the earlier peak, an upper bound.
     with suppress(OSError):
@@ -569,12 +576,8 @@ def measure_cost(
             torch.cuda.synchronize(device)
         if call >= warmup:
             seconds.append(time.perf_counter() - start)
-    return Cost(
-        seconds=tuple(seconds),
-        resting_bytes=resting,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes()[1],
-        memory_kind="cuda allocated" if on_gpu else "process resident set",
-    )
+    peak, kind = peak_memory(device)
+    return Cost(tuple(seconds), resting_bytes=resting, peak_bytes=peak, memory_kind=kind)
 
 
 def in_fresh_process(

@@ -112,7 +112,7 @@ def check_context(context_tokens: int, model: PreTrainedModel, name: str) -> Non
         )
 
 
-def text_facts(text: TextArguments, corpus: Any, held_out: Windows, training: Windows) -> TextFacts:
+def text_facts(corpus: Any, held_out: Windows, training: Windows) -> TextFacts:
     return TextFacts(
         corpus=corpus.name,
         description=corpus.description,
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         context_tokens=text.context_tokens,
         scored_tokens=protocol.score_tokens,
         model=facts,
-        text=text_facts(text, corpus, held_out, training),
+        text=text_facts(corpus, held_out, training),
         attentions=tuple(facts for facts, _ in attentions.values()),
         qualities=tuple(measurements.rows),
         costs=tuple(costs),

@@ -56,7 +56,8 @@ def quality_table(results: EvaluationResults) -> str:
             difference = f"{row.difference.mean_nats:+.3f}"
             if row.difference.standard_error is not None:
                 difference += f" ± {row.difference.standard_error:.3f}"
-        kept = None if cut is None else kept_gain(results, row, cut)
+        whole = row.read_tokens == results.context_tokens
+        kept = kept_gain(results, row, cut) if cut is not None and whole else None
         rows.append(
             (
                 row_label(row, results),

@@ -40,8 +40,8 @@ class QualityRow:
         attention: name of the attention they were measured with.
         read_tokens: tokens of each window that were read; fewer than the context where it was cut.
         perplexity: on the held-out windows.
-        difference: to the same weights' dense attention; of trained weights, to those trained dense where
-            there are any. None for that row itself.
+        difference: to the same weights with dense attention; of trained weights to those trained dense, or
+            to the pretrained ones where none were. None for that row itself.
         repeats: the repeat probe at several gaps.
         needle: passkey retrieval.
     """
@@ -72,7 +72,7 @@ class TrainingRun:
         logged_steps: the steps at which the numbers below were logged; each stands for the steps since
             the one before.
         losses_nats: mean training loss.
-        tokens_per_second: over all processes, saving not counted.
+        tokens_per_second: over all processes, of the steps alone: reading and saving are not counted.
         peak_bytes: highest memory of the first process until then, since it was started.
         memory_kind: what `peak_bytes` counts, as in `Cost`.
         tokens_per_step: over all processes.

@@ -6,6 +6,7 @@ dense attention cut to short contexts read the same scored tokens; the repeat pr
 tell what perplexity hides.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -241,8 +242,11 @@ def read_layout(value: str | dict[str, Any]) -> Layout:
 
 def layout_name(layout: Layout) -> str:
     """The layout as `read_layout` takes it, where its options are plain; otherwise its kind."""
+    defaults = {option.name: option.default for option in dataclasses.fields(layout)}
     fields = {
-        key: value for key, value in layout.to_dict().items() if key not in ("version", "kind")
+        key: value
+        for key, value in layout.to_dict().items()
+        if key not in ("version", "kind") and value != defaults[key]
     }
     if not all(type(value) in (int, float, bool) for value in fields.values()):
         return layout.kind
@@ -419,7 +423,7 @@ class Measurements:
         """
         arguments, windows = self.arguments, self.held_out.tokens
         whole = read_tokens is None
-        label = f"{attention}, {weights} weights" + ("" if whole else f", cut to {read_tokens}")
+        label = f"{attention}, weights {weights}" + ("" if whole else f", cut to {read_tokens}")
         assert arguments.score_tokens is not None
         measured = score_windows(
             model,

@@ -1,6 +1,7 @@
 """Evaluation and fine-tuning, end to end on a tiny random model and local text, and what they are made of."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,24 +10,44 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from script_inputs import byte_tokenizer, write_model, write_text
+from tiny_models import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_blocksparse import BigBird, PerLayer, SinkWindow, SlidingWindow, patch_model
+from hf_blocksparse import (
+    BigBird,
+    PerLayer,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    patch_model,
+    unpatch_model,
+)
 from hf_blocksparse.run_record import from_plain, read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import attention_cost  # noqa: E402
+import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_card  # noqa: E402
+import finetune  # noqa: E402
 import plot  # noqa: E402
 import pretrained  # noqa: E402
 import protocol  # noqa: E402
 import write_model_card  # noqa: E402
+from chunked_loss import use_chunked_loss  # noqa: E402
 from evaluation_results import EvaluationResults, kept_gain  # noqa: E402
 
 CPU = torch.device("cpu")
 LAYOUT = "sink_window:sink=4,window=28"
-SMALL = ["--context-tokens=160", "--score-tokens=32", "--bucket-tokens=64", "--cut-tokens", "40", "64"]
+SMALL = [
+    "--context-tokens=160",
+    "--score-tokens=32",
+    "--bucket-tokens=64",
+    "--cut-tokens",
+    "40",
+    "64",
+]
 SMALL += ["--windows=2", "--probe-passages=1", "--probe-passage-tokens=24"]
 SMALL += ["--probe-gap-tokens", "0", "96", "--needle-trials=1", "--needle-distances", "0", "16"]
 
@@ -265,3 +286,428 @@ def test_flex_attention_has_no_backward_on_a_cpu():
     arguments = protocol.ProtocolArguments(cost_attentions=["flex_attention"])
     with pytest.raises(ValueError, match="cost_attentions got flex_attention on a CPU"):
         evaluate.check_costs(arguments, CPU)
+
+
+TRAINING = ["--max_steps=4", "--save_steps=2", "--learning_rate=1e-2", "--warmup_steps=0"]
+TRAINING += ["--use_cpu", f"--layout={LAYOUT}", "--disable_tqdm=True"]
+UNMEASURED = ["--measure=False"]
+
+
+@pytest.fixture(scope="module")
+def inputs(model_folder, text_folder):
+    return [*SMALL, *TRAINING, f"--model={model_folder}", f"--dataset={text_folder}"]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, inputs):
+    """A whole run, with dense and window trained alike."""
+    folder = tmp_path_factory.mktemp("tuned")
+    places = [f"--output_dir={folder / 'run'}", f"--cards={folder / 'cards'}"]
+    costs = ["--cost_repetitions=1", "--cost_tokens", "160"]
+    finetune.main([*inputs, *places, *costs, "--compare", "dense", "window"])
+    return folder
+
+
+def weights(folder):
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def losses(folder):
+    return json.loads((folder / "training.json").read_text())["losses_nats"]
+
+
+def test_fine_tuning_measures_every_row_before_and_after(tuned):
+    record = read_record(tuned / "cards" / "run" / "results" / "finetune.json")
+    results = from_plain(EvaluationResults, record.results)
+    dense, layout, window = (a.name for a in results.attentions)
+    assert [(row.weights, row.attention, row.read_tokens) for row in results.qualities] == [
+        ("pretrained", dense, 160),
+        ("pretrained", dense, 40),
+        ("pretrained", dense, 64),
+        ("pretrained", layout, 160),
+        ("pretrained", window, 160),
+        (dense, dense, 160),
+        (dense, dense, 40),
+        (dense, dense, 64),
+        (window, window, 160),
+        (layout, layout, 160),
+        (layout, dense, 160),
+    ]
+    assert len({row.perplexity.buckets[-1].num_tokens for row in results.qualities}) == 1
+    nll = {
+        (row.weights, row.attention): row.perplexity.buckets[-1].nll_nats
+        for row in results.qualities
+        if row.read_tokens == 160
+    }
+    for name in (dense, layout, window):
+        assert nll[name, name] < nll["pretrained", name] - 1
+    trained = results.row(layout, layout)
+    assert trained.difference.mean_nats == pytest.approx(nll[layout, layout] - nll[dense, dense])
+    assert trained.needle is not None and len(trained.repeats) == 2
+    assert [run.attention for run in results.trainings] == [dense, window, layout]
+    for run in results.trainings:
+        assert run.logged_steps == (1, 2, 3, 4) and run.tokens_per_step == 160
+        assert run.losses_nats[-1] < run.losses_nats[0]
+        assert min(run.tokens_per_second) > 0 and min(run.peak_bytes) > 0
+        assert run.trained_parameters == run.all_parameters and run.resumed_at == ()
+    assert not set(results.text.held_out_documents) & set(results.text.training_documents)
+    assert record.arguments["optim"] and record.arguments["layout"] == SinkWindow(4, 28).to_dict()
+    assert [cost.row.attention for cost in results.costs] == ["sdpa", layout]
+    assert str(tuned) not in (tuned / "cards" / "run" / "results" / "finetune.json").read_text()
+
+
+def test_fine_tuned_model_is_sparse_by_itself_and_trained(tuned, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(tuned / "run" / "layout" / "model")
+    assert evaluate.own_layout(model) == SinkWindow(4, 28)
+    assert model.config.use_cache
+    tokens = torch.arange(128)[None]
+    with torch.no_grad():
+        sparse = model(tokens).logits
+        dense = unpatch_model(model)(tokens).logits
+    torch.testing.assert_close(sparse[:, :32], dense[:, :32], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(sparse[:, 40:], dense[:, 40:], rtol=1e-4, atol=1e-5)
+    compared = AutoModelForCausalLM.from_pretrained(tuned / "run" / "dense" / "model")
+    assert evaluate.own_layout(compared) is None
+    window = AutoModelForCausalLM.from_pretrained(tuned / "run" / "window" / "model")
+    assert isinstance(evaluate.own_layout(window), SlidingWindow)
+    assert AutoTokenizer.from_pretrained(tuned / "run" / "layout" / "model")("ab").input_ids
+
+
+def test_fine_tuning_card_is_made_from_the_record_alone_and_the_hub_can_read_it(tuned, tmp_path):
+    record = tuned / "cards" / "run" / "results" / "finetune.json"
+    copy = tmp_path / "run" / "results" / "finetune.json"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(record.read_bytes())
+    content = write_model_card.write_model_card(copy).read_text()
+    assert content == (record.parent.parent / "README.md").read_text()
+    results = results_of(copy)
+    card = ModelCard(content, ignore_metadata_errors=False)
+    (evaluation,) = card.data.eval_results
+    layout = results.attentions[1].name
+    trained = results.row(layout, layout)
+    assert evaluation.metric_value == pytest.approx(trained.perplexity.perplexity, abs=1e-4)
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert evaluation_card.training_table(results) in content
+    figures = plot.draw_figures(copy)
+    assert [figure.stem for figure in figures][-1] == "training"
+    assert all(f"figures/{figure.name}" in content for figure in figures)
+    for figure in figures:
+        assert figure.stat().st_size > 5000
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
+    tuned, inputs, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    arguments = [*inputs, f"--output_dir={out}", *UNMEASURED]
+    plain_log = finetune.FinetuneTrainer.log
+
+    def stop_at_3(self, logs, *args, **options):
+        if self.state.global_step == 3 and "loss" in logs:
+            raise Stop
+        plain_log(self, logs, *args, **options)
+
+    monkeypatch.setattr(finetune.FinetuneTrainer, "log", stop_at_3)
+    with pytest.raises(Stop):
+        finetune.main(arguments)
+    assert not (out / "layout" / "training.json").exists()
+    monkeypatch.setattr(finetune.FinetuneTrainer, "log", plain_log)
+    # A checkpoint whose writing was cut short, too.
+    (out / "layout" / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="output_dir got .*, which is not empty; .* --resume"):
+        finetune.main(arguments)
+    finetune.main([*arguments, "--resume"])
+    whole = tuned / "run" / "layout"
+    assert losses(out / "layout") == losses(whole)
+    assert weights(out / "layout") == weights(whole)
+    run = json.loads((out / "layout" / "training.json").read_text())
+    assert (run["logged_steps"], run["resumed_at"]) == ([1, 2, 3, 4], [2])
+
+    # What is finished is not trained again.
+    monkeypatch.setattr(finetune.FinetuneTrainer, "train", None)
+    finetune.main([*arguments, "--resume"])
+    for change, message in (
+        (f"--layout={LAYOUT[:-1]}4", "resume got .* with layout {.*'window': 24} .*there: .*28"),
+        ("--learning_rate=2e-2", "resume got .* with trainer"),
+        ("--lora_rank=2", "resume got .* with lora"),
+        ("--seed=1", "resume got .* with trainer .*; training_sha256"),
+    ):
+        if change == "--seed=1":
+            message = "resume got .* with train"
+        with pytest.raises(ValueError, match=message):
+            finetune.main([*arguments, "--resume", change])
+    with pytest.raises(ValueError, match="resume got .*other, which holds no run.json"):
+        finetune.main([*inputs, f"--output_dir={tmp_path / 'other'}", "--resume"])
+
+
+@pytest.mark.parametrize("also", [[], ["norms", "embeddings"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
+    source = write_model(tmp_path / "source", tie_word_embeddings=tied)
+    arguments = [*inputs, f"--model={source}", f"--output_dir={tmp_path / 'run'}", *UNMEASURED]
+    arguments += ["--lora_rank=4", "--max_steps=2", *(["--lora_also", *also] if also else [])]
+    finetune.main(arguments)
+    folder = tmp_path / "run" / "layout"
+    run = json.loads((folder / "training.json").read_text())
+    assert run["losses_nats"][1] < run["losses_nats"][0]
+    assert run["trained_parameters"] < run["all_parameters"] / 2
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (source, folder / "model")
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if also:
+        kinds |= {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
+        kinds |= {"lm_head"} if tied else set()
+    assert {name.split(".")[-2] for name in changed} == kinds
+    # The merged weights are those that were trained.
+    from peft import PeftModel
+
+    base = pretrained.load_model(str(source), CPU)
+    patch_model(base, SinkWindow(4, 28))
+    adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokens = torch.arange(128)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_comparing_packing_lora_and_checkpointing_share_the_data_order(tuned):
+    # Of the three that were trained alike, the first step has the same text and, within the reach of the
+    # layout, the same loss; so their first losses are close, and those of another seed are not the same.
+    first = [losses(tuned / "run" / folder)[0] for folder in ("dense", "window", "layout")]
+    assert max(first) - min(first) < 0.05
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 1024])
+@pytest.mark.parametrize("count", [None, 50])
+def test_chunked_loss_is_the_models_own(model_folder, chunk_tokens, count):
+    tokens = torch.randint(256, (2, 48), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, ::5] = -100
+    found = []
+    for chunked in (False, True):
+        model = pretrained.load_model(str(model_folder), CPU)
+        if chunked:
+            use_chunked_loss(model, chunk_tokens)
+            largest = []
+            model.lm_head.register_forward_hook(
+                lambda module, args, output, largest=largest: largest.append(output.shape[1])
+            )
+        loss = model(input_ids=tokens, labels=labels, num_items_in_batch=count).loss
+        loss.backward()
+        found.append((loss, [parameter.grad for parameter in model.parameters()]))
+    assert max(largest) == min(chunk_tokens, 47)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_chunked_loss_refuses_what_follows_the_output_embedding():
+    model = FAMILIES["gemma2"]()
+    model.lm_head.weight.data *= 100
+    with pytest.raises(
+        NotImplementedError, match="model got Gemma2ForCausalLM, whose logits are not"
+    ):
+        use_chunked_loss(model, 8)
+
+
+def pack(text_folder, packing, num_training=5, window_tokens=64, tokenizer=None):
+    _, windows = corpus.cut_windows(
+        corpus.load_corpus(str(text_folder)),
+        tokenizer or byte_tokenizer(),
+        window_tokens=window_tokens,
+        num_held_out=2,
+        num_training=num_training,
+        seed=0,
+        packing=packing,
+        progress=False,
+    )
+    return windows
+
+
+def test_packed_windows_hold_whole_documents_one_after_the_other(text_folder):
+    joined, separate = (pack(text_folder, name) for name in ("joined", "separate"))
+    assert torch.equal(joined.tokens, separate.tokens) and joined.positions is None
+    text = byte_tokenizer().decode(joined.tokens.flatten())
+    expected = "".join((text_folder / name).read_text() for name in joined.documents)
+    assert text == expected[: 5 * 64]
+    assert not {"03.txt", "07.txt", "11.txt"} & set(joined.documents)
+    many = pack(text_folder, "separate", num_training=200, window_tokens=300)
+    assert "short.txt" in many.documents and len(many.documents) > 10
+    length = {name: len((text_folder / name).read_text()) for name in set(many.documents)}
+    place, expected_positions = 0, []
+    for name in many.documents:
+        expected_positions += [(place + i, i) for i in range(length[name])]
+        place += length[name]
+    positions = many.positions.flatten()
+    for at, inside in expected_positions[: 200 * 300]:
+        in_window = at % 300
+        assert positions[at] == min(inside, in_window)
+
+
+def test_packed_documents_end_with_the_end_token(text_folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    windows = pack(text_folder, "separate", num_training=40, tokenizer=tokenizer)
+    ends = (windows.tokens.flatten() == tokenizer.eos_token_id).nonzero().flatten()
+    assert len(ends) == len(windows.documents) - 1
+    assert (windows.positions.flatten()[ends + 1] == 0).all()
+
+
+@pytest.mark.parametrize("layout", [None, SinkWindow(4, 20)])
+def test_separate_documents_do_not_read_one_another(model_folder, text_folder, layout):
+    windows = pack(text_folder, "separate", num_training=40, window_tokens=128)
+    number = next(n for n in range(40) if (windows.positions[n][1:] == 0).sum() == 1)
+    item = finetune.WindowDataset(windows)[number]
+    start = int((item["position_ids"][1:] == 0).nonzero()) + 1
+    assert item["labels"][0] == item["labels"][start] == -100
+    assert (item["labels"] != -100).sum() == 128 - (item["position_ids"] == 0).sum()
+    model = pretrained.load_model(str(model_folder), CPU)
+    protocol.set_attention(model, layout)
+    use_chunked_loss(model, 1024)
+    hidden = []
+    model.model.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
+    for shift in (0, 1):
+        tokens = item["input_ids"].clone()
+        tokens[:start] = (tokens[:start] + shift) % 256
+        model(
+            input_ids=tokens[None],
+            labels=item["labels"][None],
+            position_ids=item["position_ids"][None],
+        )
+    torch.testing.assert_close(hidden[0][:, start:], hidden[1][:, start:])
+    assert not torch.allclose(hidden[0][:, :start], hidden[1][:, :start])
+
+
+def test_packed_training_runs(inputs, tmp_path):
+    arguments = [*inputs, *UNMEASURED, "--max_steps=2", "--packing=separate"]
+    arguments += ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
+    finetune.main([*arguments, f"--output_dir={tmp_path / 'run'}"])
+    run = json.loads((tmp_path / "run" / "layout" / "training.json").read_text())
+    assert run["tokens_per_step"] == 4 * 160
+    # An untrained model knows nothing: the loss is that of guessing, so its mean is over tokens.
+    assert run["losses_nats"][0] == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_loss_is_a_mean_over_tokens_however_a_step_is_split(inputs, tmp_path):
+    found = []
+    for batch, parts in ((1, 4), (4, 1)):
+        out = tmp_path / f"{batch}"
+        arguments = [*inputs, *UNMEASURED, "--max_steps=2", "--packing=separate"]
+        arguments += [f"--per_device_train_batch_size={batch}"]
+        finetune.main([*arguments, f"--gradient_accumulation_steps={parts}", f"--output_dir={out}"])
+        found.append(losses(out / "layout"))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_hub_dataset_is_streamed(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        return iter([{"body": "one"}, {"body": "two"}, {"body": "three"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = protocol.TextArguments(
+        dataset="some/set",
+        dataset_config="en",
+        dataset_split="test",
+        text_column="body",
+        max_documents=2,
+    )
+    read = evaluate.read_text(arguments)
+    assert calls == [(("some/set", "en"), {"split": "test", "streaming": True})]
+    assert [document.text for document in read.documents] == ["one", "two"]
+    assert read.description == "hub dataset some/set (en), first 2 documents of its test split"
+
+
+def test_a_recipe_gives_arguments_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps({"context_tokens": 64, "compare": ["dense", "window"], "learning_rate": 3e-4})
+    )
+    _, text, _, arguments, training = finetune.parse_arguments(
+        [str(recipe), "--context_tokens=96", f"--output_dir={tmp_path}", "--use_cpu"]
+    )
+    assert (text.context_tokens, arguments.compare) == (96, ["dense", "window"])
+    assert training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["--context_tokens=512"],
+            "context_tokens got 512, but tiny has 256 positions; .*--yarn-factor 2",
+        ),
+        (["--text_column=body", "--dataset={rows}"], "text_column got 'body' for rows.jsonl"),
+        (["--dataset={short}"], "windows got 2, but of the 0 documents with 160 tokens or more"),
+        (["--layout={small}"], "128"),
+        (["--layout={layers}"], "layer 7"),
+        (["--max_steps=0"], "max_steps got 0"),
+        (["--resume_from_checkpoint=x"], "resume_from_checkpoint got 'x'"),
+        (["--eval_strategy=steps", "--eval_steps=1"], "eval_strategy got"),
+        (["--use_liger_kernel"], "use_liger_kernel got True with loss_chunk_tokens 1024"),
+        (["--lora_also", "norms"], r"lora_also got \['norms'\] without LoRA"),
+        (["--layout=sliding_window:window=32", "--compare", "window"], "compare got window, but"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(inputs, tmp_path, changes, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "some"}))
+    (tmp_path / "short.txt").write_text("too short")
+    small = TensorLayout.from_tensor(torch.ones(8, 8).tril(), 16)
+    (tmp_path / "small.json").write_text(json.dumps(small.to_dict()))
+    (tmp_path / "layers.json").write_text(json.dumps(PerLayer({7: SlidingWindow(9)}).to_dict()))
+    places = {
+        "rows": tmp_path / "rows.jsonl",
+        "short": tmp_path / "short.txt",
+        "small": tmp_path / "small.json",
+        "layers": tmp_path / "layers.json",
+    }
+    changes = [change.format(**places) for change in changes]
+    with pytest.raises(ValueError, match=message):
+        finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}", *changes])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_is_refused(inputs, tmp_path, monkeypatch):
+    full = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(
+        ValueError, match="output_dir got .*run, whose disk has 0.00 GiB free; .* need"
+    ):
+        finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_space_asked_for_suffices(tuned, monkeypatch):
+    def refuse(free):
+        monkeypatch.setattr(
+            finetune.shutil, "disk_usage", lambda path: type("U", (), {"free": free})
+        )
+        finetune.check_space(
+            tuned, parameters=parameters, trained=parameters, num_runs=3, checkpoints=1
+        )
+
+    model = AutoModelForCausalLM.from_pretrained(tuned / "run" / "layout" / "model")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    written = sum(file.stat().st_size for file in (tuned / "run").rglob("*.safetensors"))
+    written += sum(file.stat().st_size for file in (tuned / "run").rglob("optimizer.pt"))
+    with pytest.raises(ValueError):
+        refuse(written)
+    refuse(8 * written)
+
+
+def test_missing_peft_is_named(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="lora_rank got 4, but the package peft is not installed"):
+        finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}", "--lora_rank=4"])

@@ -1,0 +1,709 @@
+"""Fine-tune a pretrained causal model with a block-sparse layout at a long context, and prove the result.
+
+    python scripts/finetune.py scripts/recipes/smollm2-32k-sink-window.json --output_dir runs/smollm2-32k
+    python scripts/finetune.py --output_dir runs/small --context_tokens 512 --windows 1 --max_steps 2 \\
+        --layout sink_window:sink=16,window=112 --compare dense window --cost_repetitions 1   # on a CPU
+    accelerate launch --config_file scripts/accelerate/fsdp2.yaml scripts/finetune.py RECIPE ...
+
+Trains with the Trainer of transformers, whose arguments are all taken, then measures by the protocol of
+protocol.py: the pretrained and the trained weights, with dense attention, with the layout, with a plain
+sliding window of the same budget and with dense attention cut to short contexts, on the same held-out
+tokens; repeat probe, needle recall; time and memory beside dense attention. `--compare dense window`
+trains these alike: the same windows in the same order, the same steps and seed. A first argument that
+ends in .json holds arguments; later ones win.
+
+Writes trained models to `OUTPUT_DIR/{layout,dense,window}/model`, and record, figures and card to
+`model_cards/NAME`. An interrupted run goes on with `--resume`, from its last checkpoint, to the same
+weights; so does one that was stopped while it measured.
+"""
+
+import copy
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from chunked_loss import use_chunked_loss
+from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
+from evaluate import (
+    REPOSITORY,
+    check_context,
+    check_costs,
+    find_source,
+    own_layout,
+    publish,
+    read_text,
+    recorded_arguments,
+    text_facts,
+)
+from evaluation_results import (
+    DENSE,
+    PRETRAINED,
+    SAME_BUDGET,
+    AttentionFacts,
+    EvaluationResults,
+    TrainingRun,
+)
+from evaluation_results import LAYOUT as LAYOUT_ROLE
+from pretrained import load_model, load_tokenizer
+from protocol import (
+    Measurements,
+    ModelArguments,
+    Phases,
+    ProtocolArguments,
+    TextArguments,
+    attentions_side_by_side,
+    measure_costs,
+    model_facts,
+    read_layout,
+    set_attention,
+)
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from hf_blocksparse import Layout
+from hf_blocksparse.evaluation import peak_memory
+from hf_blocksparse.run_record import describe_environment, from_plain, to_plain
+
+# What is trained, and the folder of each in the output.
+LAYOUT, WINDOW = "layout", "window"
+MANIFEST, FINISHED = "run.json", "training.json"
+GIB = 2**30
+
+# Of the Trainer's arguments, those that decide the result; kept in the record.
+DECISIVE = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "seed",
+    "use_liger_kernel",
+)
+
+
+@dataclass
+class FinetuneArguments:
+    """What is trained, how its text is laid out, and what becomes of it."""
+
+    layout: str = field(
+        default="sink_window:sink=64,window=960",
+        metadata={"help": "a preset, kind:option=value,..., JSON or a .json file"},
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "also trained, alike: dense, window", "choices": [DENSE, WINDOW]},
+    )
+    packing: str = field(
+        default=ONE_DOCUMENT,
+        metadata={
+            "help": "how training windows are filled: one document each; documents joined; documents joined "
+            "but each read alone",
+            "choices": [ONE_DOCUMENT, JOINED, SEPARATE],
+        },
+    )
+    loss_chunk_tokens: int = field(
+        default=1024,
+        metadata={"help": "positions whose logits exist at once; 0: the model's own loss, on all"},
+    )
+    lora_rank: int = field(default=0, metadata={"help": "rank of LoRA; 0: all weights are trained"})
+    lora_alpha: float | None = field(default=None, metadata={"help": "default: twice the rank"})
+    lora_dropout: float = field(default=0.0)
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "names of linear modules, or all-linear"},
+    )
+    lora_also: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "trained in full beside LoRA (LongLoRA, arXiv 2309.12307): norms, embeddings",
+            "choices": ["norms", "embeddings"],
+        },
+    )
+    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
+    measure: bool = field(default=True, metadata={"help": "measure after training"})
+    name: str | None = field(
+        default=None, metadata={"help": "of the result; default: output_dir's"}
+    )
+    cards: str = field(
+        default=str(REPOSITORY / "model_cards"), metadata={"help": "folder of results"}
+    )
+
+
+@dataclass
+class TrainerArguments(TrainingArguments):
+    """The Trainer's arguments, with other defaults."""
+
+    max_steps: int = field(default=200, metadata={"help": "optimizer steps"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "windows on a device"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
+    warmup_steps: float = field(default=10, metadata={"help": "steps of linear warm-up"})
+    logging_steps: float = field(default=1, metadata={"help": "steps between two logged losses"})
+    save_steps: float = field(default=100, metadata={"help": "steps between two checkpoints"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations"})
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments]:
+    """From the command line; a first argument that ends in .json names a file of arguments."""
+    argv = list(argv)
+    if argv and argv[0].endswith(".json"):
+        recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        words: list[str] = []
+        for name, value in recipe.items():
+            words.append(f"--{name}")
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        argv = words + argv[1:]
+    parser = HfArgumentParser(
+        (ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments),
+        description=__doc__,
+    )
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) -> None:
+    """What can be told before anything is loaded."""
+    if training.output_dir is None:
+        raise ValueError(
+            "output_dir got nothing; checkpoints and models must go somewhere; give --output_dir."
+        )
+    if training.max_steps < 1:
+        raise ValueError(
+            f"max_steps got {training.max_steps}; every row is trained for that many steps, so it must be "
+            "1 or more; give --max_steps."
+        )
+    if training.resume_from_checkpoint:
+        raise ValueError(
+            f"resume_from_checkpoint got {training.resume_from_checkpoint!r}; a run has checkpoints of "
+            "each attention it trains, and goes on from its own; give --resume instead."
+        )
+    if training.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy got {training.eval_strategy}; measuring comes after training, on all rows "
+            "alike; leave it out."
+        )
+    if training.use_liger_kernel and arguments.loss_chunk_tokens:
+        raise ValueError(
+            f"use_liger_kernel got True with loss_chunk_tokens {arguments.loss_chunk_tokens}; only one of "
+            "them can compute the loss; give --loss_chunk_tokens 0."
+        )
+    if arguments.lora_also and not arguments.lora_rank:
+        raise ValueError(
+            f"lora_also got {arguments.lora_also} without LoRA, where all weights are trained; it needs a "
+            "rank; give --lora_rank or leave it out."
+        )
+    folder = Path(training.output_dir)
+    if arguments.resume and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"resume got {folder}, which holds no {MANIFEST}; only a run of this script can go on; leave "
+            "--resume out to start one."
+        )
+    if not arguments.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir got {folder}, which is not empty; a new run needs a folder of its own; give "
+            "another, or --resume to go on with the run in it."
+        )
+
+
+def check_space(
+    folder: Path, *, parameters: int, trained: int, num_runs: int, checkpoints: int | None
+) -> None:
+    """Refuse a disk without room for the models and for the checkpoints of the run in progress.
+
+    Weights are float32; a checkpoint also holds AdamW's two moments, and one more is written before an
+    old one goes. Runs that are finished keep their checkpoints.
+    """
+    kept = 1 if checkpoints is None else checkpoints + 1
+    checkpoint = 4 * parameters + 8 * trained if trained == parameters else 12 * trained
+    needed = num_runs * (4 * parameters + kept * checkpoint)
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"output_dir got {folder}, whose disk has {free / GIB:.2f} GiB free; the models and checkpoints "
+            f"of this run need up to {needed / GIB:.2f} GiB; free some, train fewer rows, or give another "
+            "folder."
+        )
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was made otherwise."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{key} {manifest.get(key)!r} (there: {before.get(key)!r})"
+        for key in sorted(before.keys() | manifest.keys())
+        if before.get(key) != manifest.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume got {path.parent} with {'; '.join(changed)}; its checkpoints must come from a run with "
+            "equal arguments; give those, or another output_dir for a new run."
+        )
+
+
+class WindowDataset(Dataset):
+    """Training windows with labels: the first token of a document has nothing to be predicted from."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows.tokens)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        tokens = self.windows.tokens[number]
+        labels = tokens.clone()
+        labels[0] = -100
+        if self.windows.positions is None:
+            return {"input_ids": tokens, "labels": labels}
+        positions = self.windows.positions[number]
+        labels[positions == 0] = -100
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of the steps since the last log, and a mark in the log where a run was taken up again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = 0.0
+        self.steps = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            state.log_history.append({"resumed": True, "step": state.global_step})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += self._now() - self.start
+        self.steps += 1
+
+    def take(self) -> tuple[float, int]:
+        taken = self.seconds, self.steps
+        self.seconds, self.steps = 0.0, 0
+        return taken
+
+
+class Progress(ProgressCallback):
+    """A bar with the last loss, tokens per second and peak memory instead of a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, "
+                f"{logs['peak_memory_bytes'] / GIB:.1f} GiB"
+            )
+
+
+class FinetuneTrainer(Trainer):
+    """Logs tokens per second and peak memory beside the loss."""
+
+    def __init__(self, *args: Any, tokens_per_step: int, **options: Any):
+        super().__init__(*args, **options)
+        self.tokens_per_step = tokens_per_step
+        self.clock = StepClock(self.args.device)
+        self.add_callback(self.clock)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress())
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs:
+            seconds, steps = self.clock.take()
+            logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
+            logs["peak_memory_bytes"] = peak_memory(self.args.device)[0]
+        super().log(logs, *args, **options)
+
+
+def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
+    """LoRA, with norms and embeddings trained in full where asked for."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"lora_rank got {arguments.lora_rank}, but the package peft is not installed; it makes the "
+            'adapters; run: pip install "hf-blocksparse[lora]"'
+        ) from error
+    also = set()
+    if "norms" in arguments.lora_also:
+        also |= {
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if "norm" in type(module).__name__.lower()
+        }
+    if "embeddings" in arguments.lora_also:
+        embedding = model.get_input_embeddings()
+        also |= {
+            path.rpartition(".")[2] for path, module in model.named_modules() if module is embedding
+        }
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    targets: list[str] | str = arguments.lora_targets
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=2 * arguments.lora_rank
+        if arguments.lora_alpha is None
+        else arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        modules_to_save=sorted(also) or None,
+        ensure_weight_tying="embeddings" in arguments.lora_also and is_tied,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def merge_adapter(path: str, layout: Layout | None, adapter: Path, folder: Path) -> None:
+    """Write the pretrained model at `path` with the adapter merged into its weights."""
+    from peft import PeftModel
+
+    model = load_model(path, torch.device("cpu"))
+    set_attention(model, layout)
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
+
+
+def training_run(
+    log_history: Sequence[dict[str, Any]],
+    *,
+    attention: str,
+    device: torch.device,
+    tokens_per_step: int,
+    num_processes: int,
+    trained: int,
+    parameters: int,
+) -> TrainingRun:
+    logged = [entry for entry in log_history if "loss" in entry]
+    return TrainingRun(
+        attention=attention,
+        logged_steps=tuple(entry["step"] for entry in logged),
+        losses_nats=tuple(entry["loss"] for entry in logged),
+        tokens_per_second=tuple(entry["tokens_per_second"] for entry in logged),
+        peak_bytes=tuple(entry["peak_memory_bytes"] for entry in logged),
+        memory_kind=peak_memory(device)[1],
+        tokens_per_step=tokens_per_step,
+        num_processes=num_processes,
+        trained_parameters=trained,
+        all_parameters=parameters,
+        resumed_at=tuple(entry["step"] for entry in log_history if entry.get("resumed")),
+    )
+
+
+def train_one(
+    arguments: FinetuneArguments,
+    training: TrainerArguments,
+    *,
+    folder: Path,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
+    layout: Layout | None,
+    windows: Windows,
+    tokens_per_step: int,
+) -> TrainingRun:
+    """Train from the weights at `path` with one attention, or go on with it; the model goes to `folder/model`."""
+    finished = folder / FINISHED
+    if finished.exists():
+        return from_plain(TrainingRun, json.loads(finished.read_text(encoding="utf-8")))
+    device = training.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    base = load_model(path, torch.device("cpu"))
+    use_cache = base.config.use_cache
+    set_attention(base, layout)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    if arguments.loss_chunk_tokens:
+        use_chunked_loss(base, arguments.loss_chunk_tokens)
+    torch.manual_seed(training.seed)
+    model = add_lora(base, arguments) if arguments.lora_rank else base
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = copy.copy(training)
+    own.output_dir = str(folder)
+    trainer = FinetuneTrainer(
+        model=model,
+        args=own,
+        train_dataset=WindowDataset(windows),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        tokens_per_step=tokens_per_step,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    base.config.use_cache = use_cache
+    model_folder = folder / "model"
+    saved = folder / "adapter" if arguments.lora_rank else model_folder
+    trainer.save_model(str(saved))
+    run = training_run(
+        trainer.state.log_history,
+        attention=attention,
+        device=device,
+        tokens_per_step=tokens_per_step,
+        num_processes=training.world_size,
+        trained=trained,
+        parameters=parameters,
+    )
+    if trainer.is_world_process_zero():
+        (saved / "training_args.bin").unlink()
+        if arguments.lora_rank:
+            merge_adapter(path, layout, saved, model_folder)
+            tokenizer.save_pretrained(model_folder)
+        finished.write_text(json.dumps(to_plain(run), indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return run
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; its state is written last."""
+    written = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return (
+        str(max(written, key=lambda path: int(path.name.rpartition("-")[2]))) if written else None
+    )
+
+
+def load_trained(folder: Path, layout: Layout | None, device: torch.device) -> PreTrainedModel:
+    """Load a trained model as any user would, and see that it has its attention by itself."""
+    model = load_model(str(folder), device, attn_implementation=None)
+    if own_layout(model) != layout:
+        raise RuntimeError(
+            f"folder got {folder}, which loads with the layout {own_layout(model)!r}; it was saved with "
+            f"{layout!r}; report this as a bug."
+        )
+    return model
+
+
+def measure_rows(
+    measurements: Measurements,
+    path: str,
+    output: Path,
+    trained: Sequence[tuple[str, str, Layout | None]],
+    attentions: dict[str, tuple[AttentionFacts, Layout | None]],
+    device: torch.device,
+) -> None:
+    """The pretrained weights with every attention, then every trained model with its own.
+
+    Args:
+        trained: folder, attention and layout of each, dense first.
+    """
+    model = load_model(path, device)
+    baseline = measurements.add_dense(model, weights=PRETRAINED, baseline=None)
+    for name, (_, layout) in attentions.items():
+        if layout is not None:
+            set_attention(model, layout)
+            measurements.add(model, weights=PRETRAINED, attention=name, baseline=baseline)
+    for folder, name, layout in trained:
+        model = load_trained(output / folder / "model", layout, device)
+        if layout is None:
+            baseline = measurements.add_dense(model, weights=DENSE, baseline=None)
+            continue
+        measurements.add(model, weights=name, attention=name, baseline=baseline)
+        if folder == LAYOUT:
+            set_attention(model, None)
+            measurements.add(model, weights=name, attention=DENSE, baseline=baseline, probe=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    model_arguments, text, protocol, arguments, training = parse_arguments(
+        sys.argv[1:] if argv is None else argv
+    )
+    check_arguments(arguments, training)
+    protocol.resolve(text.context_tokens)
+    device, is_first = training.device, training.process_index == 0
+    if arguments.measure:
+        check_costs(protocol, device)
+    layout = read_layout(arguments.layout)
+    training.train_sampling_strategy = "sequential"
+    training.remove_unused_columns = False
+    if training.gradient_checkpointing_kwargs is None:
+        training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    output = Path(training.output_dir)
+    name = arguments.name or output.resolve().name
+    windows_per_step = (
+        training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size
+    )
+    environment = describe_environment(device)
+    phases = Phases(quiet=not is_first)
+    with tempfile.TemporaryDirectory() as temporary:
+        with phases("load the model"):
+            source = find_source(model_arguments, Path(temporary))
+            tokenizer = load_tokenizer(source.path)
+            model = load_model(source.path, torch.device("cpu"))
+            set_attention(model, None)
+            facts = model_facts(model, source)
+            check_context(text.context_tokens, model, source.name)
+            attentions = attentions_side_by_side([layout], facts, text.context_tokens)
+            for _, each in attentions.values():
+                set_attention(model, each)
+            if arguments.loss_chunk_tokens:
+                use_chunked_loss(model, arguments.loss_chunk_tokens)
+            trained_share = 1.0
+            if arguments.lora_rank:
+                adapted = add_lora(model, arguments)
+                trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+                trained_share = trainable / facts.num_parameters
+                del adapted
+            del model
+        with phases("read the text"):
+            corpus = read_text(text)
+            held_out, windows = cut_windows(
+                corpus,
+                tokenizer,
+                window_tokens=text.context_tokens,
+                num_held_out=protocol.windows,
+                num_training=training.max_steps * windows_per_step,
+                seed=training.seed,
+                packing=arguments.packing,
+                progress=is_first,
+            )
+        # The order is that of the rows; the first layout named is the one asked for.
+        budget = next((key for key, (a, _) in attentions.items() if a.role == SAME_BUDGET), None)
+        chosen = next(key for key, (a, _) in attentions.items() if a.role == LAYOUT_ROLE)
+        named = {DENSE: DENSE, WINDOW: budget, LAYOUT: chosen}
+        if budget is None and WINDOW in arguments.compare:
+            raise ValueError(
+                f"compare got window, but the layout {chosen} is the plain window of its own budget; there "
+                "is no other to compare with; leave it out."
+            )
+        folders = [folder for folder in (DENSE, WINDOW) if folder in arguments.compare] + [LAYOUT]
+        plan = [(folder, named[folder], attentions[named[folder]][1]) for folder in folders]
+        manifest = to_plain(
+            {
+                "model": source.name,
+                "positions": facts.max_positions,
+                "layout": layout.to_dict(),
+                "compare": folders,
+                "context_tokens": text.context_tokens,
+                "training_sha256": windows.sha256,
+                "packing": arguments.packing,
+                "windows_per_step": windows_per_step,
+                "loss_chunk_tokens": arguments.loss_chunk_tokens,
+                "lora": {
+                    key: value
+                    for key, value in asdict(arguments).items()
+                    if key.startswith("lora_")
+                },
+                "trainer": {key: training.to_dict()[key] for key in DECISIVE},
+            }
+        )
+        if arguments.resume:
+            check_manifest(output / MANIFEST, manifest)
+        else:
+            check_space(
+                output,
+                parameters=facts.num_parameters,
+                trained=int(trained_share * facts.num_parameters),
+                num_runs=len(plan),
+                checkpoints=training.save_total_limit,
+            )
+            # Every process has checked that the folder is empty before the first one writes to it.
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            if is_first:
+                output.mkdir(parents=True, exist_ok=True)
+                (output / MANIFEST).write_text(
+                    json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
+                )
+
+        runs = []
+        for folder, attention, each in plan:
+            with phases(f"train with {attention}"):
+                runs.append(
+                    train_one(
+                        arguments,
+                        training,
+                        folder=output / folder,
+                        path=source.path,
+                        tokenizer=tokenizer,
+                        attention=attention,
+                        layout=each,
+                        windows=windows,
+                        tokens_per_step=windows_per_step * text.context_tokens,
+                    )
+                )
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if not is_first or not arguments.measure:
+            return
+        dtype = torch.bfloat16 if training.bf16 else torch.float32
+        measurements = Measurements(protocol, held_out, tokenizer, dtype, training.seed)
+        with phases("measure quality"):
+            measure_rows(measurements, source.path, output, plan, attentions, device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with phases("measure time and memory"):
+            costs = measure_costs(
+                protocol, source.path, attentions, held_out, device=device, dtype=dtype
+            )
+    results = EvaluationResults(
+        name=name,
+        context_tokens=text.context_tokens,
+        scored_tokens=protocol.score_tokens,
+        model=facts,
+        text=text_facts(corpus, held_out, windows),
+        attentions=tuple(facts for facts, _ in attentions.values()),
+        qualities=tuple(measurements.rows),
+        costs=tuple(costs),
+        trainings=tuple(runs),
+    )
+    publish(
+        results,
+        script=__file__,
+        arguments=recorded_arguments(
+            model_arguments,
+            text,
+            protocol,
+            arguments,
+            manifest["trainer"],
+            layout=layout.to_dict(),
+            dtype=str(dtype).removeprefix("torch."),
+            num_processes=training.world_size,
+            name=name,
+        ),
+        seed=training.seed,
+        environment=environment,
+        phases=phases,
+        cards=Path(arguments.cards),
+    )
+
+
+if __name__ == "__main__":
+    main()
