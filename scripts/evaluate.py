@@ -24,8 +24,16 @@ from attention_cost import FORWARD_AND_BACKWARD
 from corpus import Windows, cut_windows, load_corpus
 from evaluation_card import cost_table, quality_table
 from evaluation_results import DENSE, GIVEN, EvaluationResults
+from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
-from pretrained import ModelSource, find_model, load_model, load_tokenizer, public_name
+from pretrained import (
+    ModelSource,
+    extend_source,
+    find_model,
+    load_model,
+    load_tokenizer,
+    public_name,
+)
 from protocol import (
     Measurements,
     ModelArguments,
@@ -35,15 +43,13 @@ from protocol import (
     attentions_side_by_side,
     measure_costs,
     model_facts,
-    read_layout,
     set_attention,
 )
-from sparsify_results import TextFacts
+from sparsify_results import ModelFacts, TextFacts
 from transformers import HfArgumentParser, PreTrainedModel
 from write_model_card import write_model_card
 
-from hf_blocksparse import Layout, PerLayer
-from hf_blocksparse.model_layouts import ALL_LAYERS, read_section
+from hf_blocksparse import Layout
 from hf_blocksparse.run_record import (
     FORMAT_VERSION,
     Environment,
@@ -62,9 +68,7 @@ class EvaluateArguments:
 
     layouts: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "presets, kind:option=value,..., JSON or files; default: the model's own"
-        },
+        metadata={"help": f"each {LAYOUT_HELP}; default: the model's own"},
     )
     name: str | None = field(default=None, metadata={"help": "of the result; default: the model's"})
     device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
@@ -82,10 +86,7 @@ class EvaluateArguments:
 def own_layout(model: PreTrainedModel) -> Layout | None:
     """The layout that a sparse checkpoint was saved with."""
     section = getattr(model.config, "block_sparse", None)
-    if section is None:
-        return None
-    layouts = read_section(section)
-    return layouts[ALL_LAYERS] if set(layouts) == {ALL_LAYERS} else PerLayer(layouts)
+    return None if section is None else read_layout(section)
 
 
 def check_costs(protocol: ProtocolArguments, device: torch.device) -> None:
@@ -102,13 +103,12 @@ def check_costs(protocol: ProtocolArguments, device: torch.device) -> None:
         )
 
 
-def check_context(context_tokens: int, model: PreTrainedModel, name: str) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and context_tokens > positions:
+def check_context(context_tokens: int, facts: ModelFacts) -> None:
+    if 0 < facts.max_positions < context_tokens:
         raise ValueError(
-            f"context_tokens got {context_tokens}, but {name} has {positions} positions; the context "
-            "must lie within them; shorten it, or stretch the positions with --yarn-factor "
-            f"{-(-context_tokens // positions)}."
+            f"context_tokens got {context_tokens}, but {facts.name} has {facts.max_positions} positions; "
+            "the context must lie within them; shorten it, or extend them with "
+            f"--max_position_embeddings {context_tokens}."
         )
 
 
@@ -134,12 +134,16 @@ def read_text(text: TextArguments) -> Any:
 
 
 def find_source(arguments: ModelArguments, folder: Path) -> ModelSource:
-    return find_model(
+    source = find_model(
         arguments.model,
         folder,
-        yarn_factor=arguments.yarn_factor,
         base_model=arguments.base_model,
         licence=arguments.licence,
+    )
+    if arguments.max_position_embeddings is None:
+        return source
+    return extend_source(
+        source, folder / "extended", arguments.max_position_embeddings, arguments.rope_scaling
     )
 
 
@@ -217,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             set_attention(model, None)
             facts = model_facts(model, source)
-            check_context(text.context_tokens, model, name)
+            check_context(text.context_tokens, facts)
             attentions = attentions_side_by_side(layouts, facts, text.context_tokens)
             for _, layout in attentions.values():
                 set_attention(model, layout)

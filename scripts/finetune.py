@@ -52,6 +52,7 @@ from evaluation_results import (
     TrainingRun,
 )
 from evaluation_results import LAYOUT as LAYOUT_ROLE
+from layout_argument import LAYOUT_HELP, read_layout
 from pretrained import load_model, load_tokenizer
 from protocol import (
     Measurements,
@@ -62,7 +63,6 @@ from protocol import (
     attentions_side_by_side,
     measure_costs,
     model_facts,
-    read_layout,
     set_attention,
 )
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class FinetuneArguments:
 
     layout: str = field(
         default="sink_window:sink=64,window=960",
-        metadata={"help": "a preset, kind:option=value,..., JSON or a .json file"},
+        metadata={"help": LAYOUT_HELP},
     )
     compare: list[str] = field(
         default_factory=list,
@@ -565,7 +565,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_model(source.path, torch.device("cpu"))
             set_attention(model, None)
             facts = model_facts(model, source)
-            check_context(text.context_tokens, model, source.name)
+            check_context(text.context_tokens, facts)
             attentions = attentions_side_by_side([layout], facts, text.context_tokens)
             for _, each in attentions.values():
                 set_attention(model, each)

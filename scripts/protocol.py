@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +44,6 @@ from hf_blocksparse import (
     Layout,
     PerLayer,
     SlidingWindow,
-    layout_from_dict,
-    layout_from_name,
     patch_model,
     unpatch_model,
 )
@@ -58,6 +55,7 @@ from hf_blocksparse.evaluation import (
     perplexity,
     repeat_probe,
 )
+from hf_blocksparse.positions import METHODS, position_limit
 
 
 @dataclass
@@ -73,8 +71,15 @@ class ModelArguments:
     licence: str | None = field(
         default=None, metadata={"help": "SPDX identifier of a local model, for the card"}
     )
-    yarn_factor: float | None = field(
-        default=None, metadata={"help": "stretch the model's positions with YaRN, untrained"}
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "extend the model's positions to this limit"}
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "how they are extended; default: yarn for RoPE, tile for position tables",
+            "choices": list(METHODS),
+        },
     )
 
 
@@ -210,36 +215,6 @@ class ProtocolArguments:
             )
 
 
-def read_layout(value: str | dict[str, Any]) -> Layout:
-    """A layout from the dict of JSON, or from what a command line can hold: a preset's name, a kind with
-    its options (`sink_window:sink=64,window=960`), JSON, or the name of a file that holds JSON.
-    """
-    if isinstance(value, dict):
-        return layout_from_dict(value)
-    text = value.strip()
-    if text.endswith(".json"):
-        if not Path(text).is_file():
-            raise ValueError(
-                f"layout got {value!r}, which is no file; it must hold a layout's JSON; correct the path."
-            )
-        text = Path(text).read_text(encoding="utf-8").strip()
-    if not text.startswith("{"):
-        kind, colon, options = text.partition(":")
-        if not colon:
-            return layout_from_name(kind)
-        pairs = [option.partition("=") for option in options.split(",")]
-        text = ", ".join(f'"{name.strip()}": {number or "?"}' for name, _, number in pairs)
-        text = f'{{"kind": "{kind}", {text}}}'
-    try:
-        return layout_from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"layout got {value!r}, which is not JSON ({error}); it must be a preset's name, a kind with "
-            "options such as sliding_window:window=1024, a JSON object such as "
-            '{"kind": "sliding_window", "window": 1024}, or a file with one; quote it for the shell.'
-        ) from error
-
-
 def layout_name(layout: Layout) -> str:
     """The layout as `read_layout` takes it, where its options are plain; otherwise its kind."""
     defaults = {option.name: option.default for option in dataclasses.fields(layout)}
@@ -327,7 +302,7 @@ def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
         query_heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_positions=config.max_position_embeddings,
+        max_positions=position_limit(model.config) or 0,
     )
 
 

@@ -8,6 +8,8 @@ from hf_blocksparse.evaluation import Cost, NllDifference, Perplexity, RepeatPro
 
 @dataclass(frozen=True)
 class ModelFacts:
+    """The model that was measured; `max_positions` is 0 where it has no limit."""
+
     name: str
     base_model: str | None
     licence: str | None

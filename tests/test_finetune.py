@@ -31,6 +31,7 @@ import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_card  # noqa: E402
 import finetune  # noqa: E402
+import layout_argument  # noqa: E402
 import plot  # noqa: E402
 import pretrained  # noqa: E402
 import protocol  # noqa: E402
@@ -203,20 +204,8 @@ def test_kept_gain_is_the_share_of_what_dense_gains_from_its_context(evaluation)
     ],
 )
 def test_layouts_are_read_from_a_command_line(text, layout):
-    assert protocol.read_layout(text) == layout
-    assert protocol.read_layout(protocol.layout_name(layout)) == layout
-
-
-def test_layouts_are_read_from_files(tmp_path):
-    layout = PerLayer({0: SlidingWindow(5), 1: SinkWindow(1, 2)})
-    path = tmp_path / "layout.json"
-    path.write_text(json.dumps(layout.to_dict()))
-    assert protocol.read_layout(str(path)) == layout
-    with pytest.raises(ValueError, match="layout got .*other.json', which is no file"):
-        protocol.read_layout(str(tmp_path / "other.json"))
-    for wrong in ("sink_window:sink", "sink_window:sink=a"):
-        with pytest.raises(ValueError, match="which is not JSON"):
-            protocol.read_layout(wrong)
+    assert layout_argument.read_layout(text) == layout
+    assert layout_argument.read_layout(protocol.layout_name(layout)) == layout
 
 
 def test_layouts_of_one_name_are_told_apart(model_folder):
@@ -596,6 +585,17 @@ def test_packed_training_runs(inputs, tmp_path):
     assert run["losses_nats"][0] == pytest.approx(math.log(256), abs=0.1)
 
 
+def test_positions_are_extended_before_training(inputs, tmp_path):
+    arguments = [*inputs, *UNMEASURED, "--max_steps=1", "--context_tokens=300"]
+    arguments += ["--max_position_embeddings=512", "--windows=1", "--rope_scaling=yarn"]
+    finetune.main([*arguments, f"--output_dir={tmp_path / 'run'}"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "layout" / "model")
+    assert model.config.max_position_embeddings == 512
+    assert model.config.rope_parameters["rope_type"] == "yarn"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "layout" / "model")
+    assert tokenizer.model_max_length == 512
+
+
 def test_loss_is_a_mean_over_tokens_however_a_step_is_split(inputs, tmp_path):
     found = []
     for batch, parts in ((1, 4), (4, 1)):
@@ -647,7 +647,7 @@ def test_a_recipe_gives_arguments_and_the_command_line_wins(tmp_path):
     [
         (
             ["--context_tokens=512"],
-            "context_tokens got 512, but tiny has 256 positions; .*--yarn-factor 2",
+            "context_tokens got 512, but tiny has 256 positions; .*--max_position_embeddings 512",
         ),
         (["--text_column=body", "--dataset={rows}"], "text_column got 'body' for rows.jsonl"),
         (["--dataset={short}"], "windows got 2, but of the 0 documents with 160 tokens or more"),
