@@ -356,7 +356,7 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"lora_rank got {arguments.lora_rank}, but the package peft is not installed; it makes the "
-            'adapters; run: pip install "hf-blocksparse[lora]"'
+            'adapters; run: pip install "hf-blocksparse[peft]"'
         ) from error
     also = set()
     if "norms" in arguments.lora_also:
@@ -584,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 corpus,
                 tokenizer,
                 window_tokens=text.context_tokens,
-                num_held_out=protocol.windows,
+                num_held_out=protocol.windows if arguments.measure else 0,
                 num_training=training.max_steps * windows_per_step,
                 seed=training.seed,
                 packing=arguments.packing,

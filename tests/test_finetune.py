@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +29,8 @@ from hf_blocksparse import (
 )
 from hf_blocksparse.run_record import from_plain, read_record
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import attention_cost  # noqa: E402
 import corpus  # noqa: E402
@@ -433,8 +439,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
         finetune.main([*inputs, f"--output_dir={tmp_path / 'other'}", "--resume"])
 
 
-@pytest.mark.parametrize("also", [[], ["norms", "embeddings"]])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("also", "tied"), [([], False), (["norms", "embeddings"], True), (["embeddings"], False)]
+)
 def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
     source = write_model(tmp_path / "source", tie_word_embeddings=tied)
     arguments = [*inputs, f"--model={source}", f"--output_dir={tmp_path / 'run'}", *UNMEASURED]
@@ -451,9 +458,10 @@ def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if also:
-        kinds |= {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
-        kinds |= {"lm_head"} if tied else set()
+    if "norms" in also:
+        kinds |= {"input_layernorm", "post_attention_layernorm", "norm"}
+    if "embeddings" in also:
+        kinds |= {"embed_tokens", "lm_head"} if tied else {"embed_tokens"}
     assert {name.split(".")[-2] for name in changed} == kinds
     # The merged weights are those that were trained.
     from peft import PeftModel
@@ -469,9 +477,8 @@ def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
         )
 
 
-def test_comparing_packing_lora_and_checkpointing_share_the_data_order(tuned):
-    # Of the three that were trained alike, the first step has the same text and, within the reach of the
-    # layout, the same loss; so their first losses are close, and those of another seed are not the same.
+def test_what_is_compared_sees_the_same_text_in_the_same_order(tuned):
+    # Untrained attention hardly matters to the loss, so on the same text the three have about the same.
     first = [losses(tuned / "run" / folder)[0] for folder in ("dense", "window", "layout")]
     assert max(first) - min(first) < 0.05
 
@@ -640,6 +647,105 @@ def test_a_recipe_gives_arguments_and_the_command_line_wins(tmp_path):
     )
     assert (text.context_tokens, arguments.compare) == (96, ["dense", "window"])
     assert training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "scripts" / "recipes").glob("*.json")))
+def test_recipes_are_whole(recipe, tmp_path):
+    _, text, measured, arguments, training = finetune.parse_arguments(
+        [str(recipe), f"--output_dir={tmp_path}", "--use_cpu"]
+    )
+    finetune.check_arguments(arguments, training)
+    measured.resolve(text.context_tokens)
+    layout = layout_argument.read_layout(arguments.layout)
+    assert layout.density(text.context_tokens, is_causal=True) <= 0.25
+    given = json.loads(recipe.read_text())
+    assert training.learning_rate == given["learning_rate"]
+    assert training.max_steps == given["max_steps"]
+    assert arguments.compare == given.get("compare", [])
+
+
+def launch(arguments, config, *options):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    script = str(ROOT / "scripts" / "finetune.py")
+    return subprocess.Popen(
+        [*command, *options, script, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_machines", [1, 2])
+def test_sharded_training_is_that_of_one_process(inputs, tmp_path, num_machines):
+    """FSDP2 with the configuration of scripts/accelerate on two CPU processes, under one launcher or two."""
+    config = tmp_path / "fsdp2.yaml"
+    config.write_text(
+        (ROOT / "scripts" / "accelerate" / "fsdp2.yaml").read_text() + "use_cpu: true\n"
+    )
+    arguments = [*inputs, *UNMEASURED, "--save_total_limit=2"]
+    split = tmp_path / "split"
+    places = [f"--output_dir={split}"]
+    options = [["--main_process_port", "29573"]]
+    if num_machines == 2:
+        both = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+        options = [[*options[0], *both, "--machine_rank", rank] for rank in "01"]
+    running = [launch([*arguments, *places], config, *words) for words in options]
+    assert [process.wait(timeout=240) for process in running] == [0] * num_machines
+    one = tmp_path / "one"
+    finetune.main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={one}"])
+    assert losses(split / "layout") == pytest.approx(losses(one / "layout"), abs=1e-5)
+    run = json.loads((split / "layout" / "training.json").read_text())
+    assert run["num_processes"] == 2 and run["tokens_per_step"] == 320
+    model = AutoModelForCausalLM.from_pretrained(split / "layout" / "model")
+    assert evaluate.own_layout(model) == SinkWindow(4, 28)
+    if num_machines == 1:
+        before = weights(split / "layout")
+        for name in ("checkpoint-4", "model"):
+            shutil.rmtree(split / "layout" / name)
+        (split / "layout" / "training.json").unlink()
+        assert launch([*arguments, *places, "--resume"], config, *options[0]).wait(timeout=240) == 0
+        assert weights(split / "layout") == before
+        run = json.loads((split / "layout" / "training.json").read_text())
+        assert run["resumed_at"] == [2]
+
+
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+
+
+def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path, monkeypatch):
+    """The commands as they stand, with a tiny model, its text and its sizes after their arguments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    measured = ["--context_tokens=160", "--score_tokens=32", "--probe_passage_tokens=24"]
+    measured += ["--probe_gap_tokens", "96", "--needle_distances", "0", "16", "--windows=2"]
+    measured += ["--cost_tokens", "160", "--cost_attentions", "sdpa", "layout"]
+    small = [*measured, f"--model={model_folder}", f"--dataset={text_folder}"]
+    trained = ["--use_cpu", "--disable_tqdm=True", "--max_steps=3", "--save_steps=3"]
+    large = [f"--layout={LAYOUT}", "--bf16=False", "--max_position_embeddings=256"]
+    large += ["--bucket_tokens=80", "--cards=cards"]
+    scripts = {
+        "evaluate": (evaluate, small),
+        "finetune": (finetune, [*small, *trained]),
+        "write_model_card": (write_model_card, []),
+        "plot": (plot, []),
+    }
+    ran = []
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", TUTORIAL, re.DOTALL | re.MULTILINE)
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "docs/tutorial.md", "exec"), {})
+            ran.append(language)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            python, script, *arguments = shlex.split(line)
+            assert (python, Path(script).parent) == ("python", Path("scripts"))
+            module, added = scripts[Path(script).stem]
+            module.main([*arguments, *added, *(large if "recipes" in line else [])])
+            ran.append(Path(script).stem)
+    scripts_in_order = ["evaluate", "finetune", "finetune", "write_model_card", "plot"]
+    assert ran == ["python", *scripts_in_order, "python", "finetune"]
+    card = tmp_path / "runs" / "tutorial" / "cards" / "tutorial"
+    assert ModelCard((card / "README.md").read_text(), ignore_metadata_errors=False).data.tags
+    assert results_of(card / "results" / "finetune.json").trainings[-1].num_steps == 3
+    assert (tmp_path / "cards" / "smollm2-32k" / "README.md").exists()
 
 
 @pytest.mark.parametrize(
