@@ -78,7 +78,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from hf_blocksparse import Layout
+from hf_blocksparse import Layout, norm_and_embedding_options
 from hf_blocksparse.evaluation import peak_memory
 from hf_blocksparse.run_record import describe_environment, from_plain, to_plain
 
@@ -138,12 +138,9 @@ class FinetuneArguments:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "names of linear modules, or all-linear"},
     )
-    lora_also: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "trained in full beside LoRA (LongLoRA, arXiv 2309.12307): norms, embeddings",
-            "choices": ["norms", "embeddings"],
-        },
+    lora_norms_and_embeddings: bool = field(
+        default=False,
+        metadata={"help": "with LoRA: these are trained in full (LongLoRA, arXiv 2309.12307)"},
     )
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
     measure: bool = field(default=True, metadata={"help": "measure after training"})
@@ -214,9 +211,9 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"use_liger_kernel got True with loss_chunk_tokens {arguments.loss_chunk_tokens}; only one of "
             "them can compute the loss; give --loss_chunk_tokens 0."
         )
-    if arguments.lora_also and not arguments.lora_rank:
+    if arguments.lora_norms_and_embeddings and not arguments.lora_rank:
         raise ValueError(
-            f"lora_also got {arguments.lora_also} without LoRA, where all weights are trained; it needs a "
+            "lora_norms_and_embeddings got True without LoRA, where all weights are trained; it needs a "
             "rank; give --lora_rank or leave it out."
         )
     folder = Path(training.output_dir)
@@ -358,22 +355,10 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
             f"lora_rank got {arguments.lora_rank}, but the package peft is not installed; it makes the "
             'adapters; run: pip install "hf-blocksparse[peft]"'
         ) from error
-    also = set()
-    if "norms" in arguments.lora_also:
-        also |= {
-            path.rpartition(".")[2]
-            for path, module in model.named_modules()
-            if "norm" in type(module).__name__.lower()
-        }
-    if "embeddings" in arguments.lora_also:
-        embedding = model.get_input_embeddings()
-        also |= {
-            path.rpartition(".")[2] for path, module in model.named_modules() if module is embedding
-        }
-    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     targets: list[str] | str = arguments.lora_targets
     if targets == ["all-linear"]:
         targets = "all-linear"
+    also = norm_and_embedding_options(model) if arguments.lora_norms_and_embeddings else {}
     config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=2 * arguments.lora_rank
@@ -381,9 +366,8 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
         else arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=targets,
-        modules_to_save=sorted(also) or None,
-        ensure_weight_tying="embeddings" in arguments.lora_also and is_tied,
         task_type="CAUSAL_LM",
+        **also,
     )
     return get_peft_model(model, config)
 

@@ -439,13 +439,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
         finetune.main([*inputs, f"--output_dir={tmp_path / 'other'}", "--resume"])
 
 
-@pytest.mark.parametrize(
-    ("also", "tied"), [([], False), (["norms", "embeddings"], True), (["embeddings"], False)]
-)
+@pytest.mark.parametrize(("also", "tied"), [(False, False), (True, True), (True, False)])
 def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
     source = write_model(tmp_path / "source", tie_word_embeddings=tied)
     arguments = [*inputs, f"--model={source}", f"--output_dir={tmp_path / 'run'}", *UNMEASURED]
-    arguments += ["--lora_rank=4", "--max_steps=2", *(["--lora_also", *also] if also else [])]
+    arguments += ["--lora_rank=4", "--max_steps=2", f"--lora_norms_and_embeddings={also}"]
     finetune.main(arguments)
     folder = tmp_path / "run" / "layout"
     run = json.loads((folder / "training.json").read_text())
@@ -458,10 +456,9 @@ def test_lora_is_merged_into_what_is_saved(inputs, tmp_path, also, tied):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if "norms" in also:
-        kinds |= {"input_layernorm", "post_attention_layernorm", "norm"}
-    if "embeddings" in also:
-        kinds |= {"embed_tokens", "lm_head"} if tied else {"embed_tokens"}
+    if also:
+        kinds |= {"input_layernorm", "post_attention_layernorm", "norm", "embed_tokens"}
+        kinds |= {"lm_head"} if tied else set()
     assert {name.split(".")[-2] for name in changed} == kinds
     # The merged weights are those that were trained.
     from peft import PeftModel
@@ -763,7 +760,7 @@ def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path,
         (["--resume_from_checkpoint=x"], "resume_from_checkpoint got 'x'"),
         (["--eval_strategy=steps", "--eval_steps=1"], "eval_strategy got"),
         (["--use_liger_kernel"], "use_liger_kernel got True with loss_chunk_tokens 1024"),
-        (["--lora_also", "norms"], r"lora_also got \['norms'\] without LoRA"),
+        (["--lora_norms_and_embeddings"], "lora_norms_and_embeddings got True without LoRA"),
         (["--layout=sliding_window:window=32", "--compare", "window"], "compare got window, but"),
     ],
 )
