@@ -32,7 +32,8 @@ def weights_words(weights: str) -> str:
 
 
 def row_label(row: QualityRow, results: EvaluationResults) -> str:
-    label = f"{row.attention}, {weights_words(row.weights)}"
+    weights = "trained" if row.weights == row.attention else weights_words(row.weights)
+    label = f"{row.attention}, {weights}"
     if row.read_tokens < results.context_tokens:
         label += f", cut to {row.read_tokens:,} tokens"
     return label

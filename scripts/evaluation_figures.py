@@ -39,44 +39,49 @@ def draw_perplexity(results: EvaluationResults, path: Path) -> None:
     save(figure, path)
 
 
-def draw_frontier(results: EvaluationResults, path: Path) -> None:
-    """Perplexity against density and, where it was measured, against the time of the longest length."""
+def seconds_at_longest(results: EvaluationResults) -> dict[str, float]:
+    """Seconds of each attention at the greatest length, where it ran; dense attention is sdpa's."""
+    longest = max((cost.tokens for cost in results.costs), default=0)
     timed = {
         cost.row.attention: cost.row.cost.median_seconds
-        for cost in sorted(results.costs, key=lambda cost: cost.tokens)
-        if cost.row.cost is not None
+        for cost in results.costs
+        if cost.tokens == longest and cost.row.cost is not None
     }
-    if "sdpa" in timed:
-        timed[DENSE] = timed["sdpa"]
+    return timed | {DENSE: timed["sdpa"]} if "sdpa" in timed else timed
+
+
+def draw_frontier(results: EvaluationResults, path: Path) -> None:
+    """Perplexity against density and, where it was measured, against the time of the longest length."""
+    timed = seconds_at_longest(results)
     whole = [row for row in results.qualities if row.read_tokens == results.context_tokens]
     # Weights trained with one attention and measured with another belong to neither point.
     rows = [row for row in whole if row.weights in (row.attention, PRETRAINED, GIVEN)]
-    figure = new_figure(10.4 if timed else 5.4, 4.2)
+    figure = new_figure(10.4 if timed else 6.4, 5.2)
     charts = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
     marks = {DENSE: "s", SAME_BUDGET: "x", LAYOUT: "o"}
-    colours = {PRETRAINED: "tab:gray", GIVEN: "tab:blue"}
-    for row in rows:
+    for number, row in enumerate(rows):
         attention = results.attention(row.attention)
-        style = dict(marker=marks[attention.role], color=colours.get(row.weights, "tab:blue"))
         places = [(charts[0], attention.density * 100)]
-        if timed and row.attention in timed:
+        if row.attention in timed:
             places.append((charts[1], timed[row.attention]))
         for chart, x in places:
-            chart.plot(x, row.perplexity.perplexity, linestyle="", **style)
-            chart.annotate(
-                row_label(row, results),
-                (x, row.perplexity.perplexity),
-                fontsize=6,
-                xytext=(4, 3),
-                textcoords="offset points",
+            chart.plot(
+                x,
+                row.perplexity.perplexity,
+                linestyle="",
+                marker=marks[attention.role],
+                color=f"C{number % 10}",
+                # Rows whose weights were trained here stand out.
+                markersize=6 if row.weights == PRETRAINED else 9,
+                label=row_label(row, results),
             )
     charts[0].set(xlabel="density, % of the causal coefficients", ylabel="perplexity")
-    charts[0].set_xlim(0, 130)
+    charts[0].set_xlim(0, 105)
+    figure.legend(*charts[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
     if timed:
         tokens = max(cost.tokens for cost in results.costs)
         work = results.costs[0].row.work
         charts[1].set(xlabel=f"seconds at {tokens:,} tokens, {work}", xlim=(0, None))
-        charts[1].margins(x=0.3)
     save(figure, path)
 
 

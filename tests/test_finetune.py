@@ -36,6 +36,7 @@ import attention_cost  # noqa: E402
 import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_card  # noqa: E402
+import evaluation_figures  # noqa: E402
 import finetune  # noqa: E402
 import layout_argument  # noqa: E402
 import plot  # noqa: E402
@@ -176,6 +177,19 @@ def test_a_sparse_checkpoint_is_measured_with_its_own_layout(model_folder, text_
     assert dense.perplexity.window_nll_nats != sparse.perplexity.window_nll_nats
     with pytest.raises(ValueError, match="layouts got nothing, and tiny has no layout of its own"):
         evaluate.main([*SMALL, f"--model={model_folder}", f"--dataset={text_folder}"])
+
+
+def test_the_frontier_is_drawn_at_the_longest_length_alone(evaluation):
+    results = results_of(evaluation)
+    seconds = evaluation_figures.seconds_at_longest(results)
+    at_300 = {c.row.attention: c.row.cost.median_seconds for c in results.costs if c.tokens == 300}
+    assert seconds == at_300 | {"dense": at_300["sdpa"]}
+    without_memory = replace(results.costs[-1].row, cost=None, failure="out of GPU memory")
+    results = replace(
+        results, costs=(*results.costs[:-1], replace(results.costs[-1], row=without_memory))
+    )
+    assert without_memory.attention not in evaluation_figures.seconds_at_longest(results)
+    assert "out of GPU memory" in evaluation_card.cost_table(results)
 
 
 def test_kept_gain_is_the_share_of_what_dense_gains_from_its_context(evaluation):
