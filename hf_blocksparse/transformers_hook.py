@@ -71,6 +71,7 @@ _WITHOUT_EFFECT = frozenset(
         "position_ids",
         "return_dict",
         "seq_idx",
+        "shift_labels",
         "use_cache",
     }
 )
@@ -100,8 +101,9 @@ def block_sparse_attention_forward(
             ignored.
 
     Returns:
-        (batch, query_len, query_heads, value_dim), contiguous, and None (the weights are never made), or with
-        `return_lse` the log-sum-exp of each row, (batch, query_heads, query_len).
+        (batch, query_len, query_heads, value_dim), contiguous; and None, or with `return_lse` the log-sum-exp of each row, (batch,
+        query_heads, query_len), or with `output_attentions` the weights, (batch, query_heads, query_len, kv_len), at the price of
+        `kv_len / value_dim` further attentions.
 
     Raises:
         ValueError, NotImplementedError: the model asks for something that would not be honoured.
@@ -128,6 +130,7 @@ def block_sparse_attention_forward(
     sinks = kwargs.pop("s_aux", None)
     alibi_slopes = kwargs.pop("alibi_slopes", None)
     return_lse = kwargs.pop("return_lse", False)
+    output_attentions = kwargs.pop("output_attentions", None)
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
     _refuse(state, kwargs)
     _refuse_context_parallel(state)
@@ -141,11 +144,9 @@ def block_sparse_attention_forward(
     if any(lengths is not None for lengths in cu_seqlens):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
-    out, lse = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
-        query,
-        key,
-        value,
-        _visible(state.layout, mask.window_tokens, mask.chunk_tokens),
+    attend = functools.partial(
+        block_sparse_attention,
+        layout=_visible(state.layout, mask.window_tokens, mask.chunk_tokens),
         is_causal=mask.is_causal,
         attn_mask=mask.dense,
         sequences=sequences,
@@ -154,22 +155,47 @@ def block_sparse_attention_forward(
         softcap=softcap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
-        return_lse=True,
         impl=state.impl,
     )
-    return out.transpose(1, 2).contiguous(), lse if return_lse else None
+    out, lse = attend(query, key, value, return_lse=True)
+    out = out.transpose(1, 2).contiguous()
+    if not (output_attentions or _weights_are_collected()):
+        return out, lse if return_lse else None
+    if return_lse:
+        raise NotImplementedError(
+            f"output_attentions got True in {state.path}, whose attention is made of several parts; their weights are not put together; "
+            "leave output_attentions out."
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"output_attentions got True in {state.path} with dropout {dropout}; the weights are made apart from the output, without "
+            "its dropout; call model.eval(), or use attn_implementation='eager'."
+        )
+    return out, _weights(attend, query, key, value)
+
+
+def _weights(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What each query reads of each key, [batch, heads, query_len, kv_len]: attention over unit vectors instead of values."""
+    batch, heads, kv_len, width = *key.shape[:3], value.shape[3]
+    columns = []
+    for start in range(0, kv_len, width):
+        units = value.new_zeros(kv_len, width)
+        units[start : start + width].fill_diagonal_(1)
+        columns.append(attend(query, key, units.expand(batch, heads, kv_len, width)))
+    return torch.cat(columns, 3)[..., :kv_len]
+
+
+def _weights_are_collected() -> bool:
+    """Whether a model gathers its layers' weights, which it may do without telling the layers."""
+    from transformers.utils.output_capturing import _active_collector
+
+    collected = _active_collector.get()
+    return collected is not None and any(key.endswith("attentions") for key in collected)
 
 
 def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            f"output_attentions got True in {state.path}; block_sparse attention never makes the weights; "
-            "use attn_implementation='eager' to look at them."
-        )
     asked = sorted(
-        name
-        for name, value in kwargs.items()
-        if value is not None and name not in _WITHOUT_EFFECT and name != "output_attentions"
+        name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT
     )
     if asked:
         raise NotImplementedError(

@@ -8,6 +8,7 @@ into a dense boolean mask: exact, at the price of `batch x query_len x kv_len` b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -217,6 +218,20 @@ def _recognise(mask_function: Callable) -> _Predicate | None:
     return None
 
 
+def _documents(mask_function: object) -> Tensor | None:
+    """The packed documents named somewhere in `mask_function`, int `[batch, length]`, whatever else it does; None without any."""
+    if getattr(mask_function, "__module__", None) != _MASKING:
+        return None
+    held = inspect.getclosurevars(mask_function).nonlocals
+    match mask_function.__qualname__.partition(".")[0]:
+        case "packed_sequence_mask_function":
+            return held["packed_sequence_mask"]
+        case "and_masks" | "or_masks":
+            found = (_documents(part) for part in held["mask_functions"])
+            return next((documents for documents in found if documents is not None), None)
+    return None
+
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -270,19 +285,25 @@ def make_mask(
         **kwargs,
     )
     predicate = None if use_vmap or mask_function is None else _recognise(mask_function)
-    if predicate is not None and not predicate.is_representable:
-        predicate = None
-    documents = None if predicate is None else predicate.documents
+    documents = _documents(mask_function)
+    is_known = predicate is not None and predicate.is_representable
+    if documents is not None and attention_mask is not None:
+        documents = documents.masked_fill(~attention_mask.to(documents.device), -1)
+        is_known = False
+    if not is_known:
+        predicate = _Predicate(is_causal=predicate is not None and predicate.is_causal)
+    assert predicate is not None
     is_cross = (
-        predicate is not None
+        is_known
         and not predicate.is_causal
         and isinstance(q_offset, int)
         and q_offset + q_length != kv_offset + kv_length
     )
     dense = None
     covers_batch = False
-    if documents is not None and attention_mask is None:
-        sequences = Sequences.from_document_ids(documents.to(device))
+    if documents is not None:
+        documents = documents.to(device)
+        sequences = Sequences.from_document_ids(documents)
     elif is_cross:
         sequences = Sequences.uniform(batch_size, q_length, kv_length, 0, device)
         dense = None if attention_mask is None else attention_mask[:, None, None, :kv_length]
@@ -290,14 +311,15 @@ def make_mask(
         sequences, has_holes, covers_batch = _sequences_of_padding(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device
         )
-        if has_holes and predicate is not None:
+        if has_holes and is_known:
             assert attention_mask is not None
             width = kv_offset + kv_length - attention_mask.shape[1]
             padded = torch.nn.functional.pad(attention_mask, (0, max(width, 0)))
             dense = padded[:, None, None, kv_offset : kv_offset + kv_length]
-    if predicate is None or (documents is not None and attention_mask is not None):
-        predicate = _Predicate()
+    if not is_known:
         dense = _evaluate(arguments)
+        if documents is not None:
+            _refuse_reading_across(documents, dense)
     if dense is not None and dense.is_inference():
         with torch.inference_mode(False):
             dense = (
@@ -316,6 +338,15 @@ def make_mask(
         is_cross=is_cross,
         arguments=arguments,
     )
+
+
+def _refuse_reading_across(documents: Tensor, allowed: Tensor) -> None:
+    query, key = documents[:, None, :, None], documents[:, None, None, :]
+    if bool((allowed & (query != key) & (query >= 0)).any()):
+        raise NotImplementedError(
+            "attention_mask got packed documents and a mask function that lets them read each other; a layout has no meaning between "
+            "two documents; give the documents one by one, or leave that mask function out."
+        )
 
 
 def _evaluate(arguments: dict[str, Any]) -> Tensor:

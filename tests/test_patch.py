@@ -10,11 +10,14 @@ from tiny_models import (
     BIDIRECTIONAL,
     FAMILIES,
     HEADS,
+    LOGITS,
     VOCABULARY,
+    assert_same,
     eager_attention_within,
     make_batch,
     make_model,
     real_tokens,
+    run,
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,33 +51,6 @@ from hf_blocksparse.model_layouts import LayerAttention, attach, state_of
 from hf_blocksparse.patch import patch_model, unpatch_model
 from hf_blocksparse.transformers_hook import block_sparse_attention_forward
 from hf_blocksparse.transformers_masks import make_mask
-
-# Logits are of order 5 and a wrong mask moves them by more than 0.1; fp32 rounding through two layers stays below this.
-LOGITS = dict(atol=5e-5, rtol=1e-5)
-
-
-def run(model, batch, **kwargs):
-    """Logits at the real tokens, and the gradient of every parameter."""
-    model.zero_grad()
-    logits = model(**batch, **kwargs).logits[real_tokens(batch)]
-    torch.manual_seed(2)
-    (logits * torch.randn_like(logits)).sum().backward()
-    gradients = {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    return logits.detach(), gradients
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual[0], expected[0], **LOGITS)
-    assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        # A key's bias moves all scores of a row alike: its true gradient is 0, and its size that of rounding in its weight's.
-        weight = expected[1].get(name.removesuffix("bias") + "weight", gradient)
-        error = (actual[1][name] - gradient).norm()
-        assert error <= 1e-4 * max(gradient.norm(), weight.norm()), (name, float(error))
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
@@ -665,7 +641,7 @@ def test_without_a_mask_the_module_says_whether_it_is_causal():
     ("kwargs", "error", "message"),
     [
         (
-            {"output_attentions": True},
+            {"output_attentions": True, "dropout": 0.1},
             NotImplementedError,
             "output_attentions got True in layers.0",
         ),
@@ -678,7 +654,10 @@ def test_without_a_mask_the_module_says_whether_it_is_causal():
 def test_what_is_not_honoured_is_refused(kwargs, error, message):
     with pytest.raises(error, match=message):
         block_sparse_attention_forward(Names(), *qkv(), None, **kwargs)
-    harmless = {name: None for name in kwargs} | {"use_cache": True, "position_ids": torch.ones(1)}
+    harmless = {name: None for name in kwargs if name != "dropout"} | {
+        "use_cache": True,
+        "position_ids": torch.ones(1),
+    }
     block_sparse_attention_forward(Names(), *qkv(), None, **harmless)
 
 
@@ -728,10 +707,36 @@ def test_context_parallelism_is_refused():
     block_sparse_attention_forward(Names(), *qkv(), None)
 
 
-def test_attentions_are_not_made():
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+def test_attentions_are_those_within_the_layout(family):
+    """GPT-2 and OPT gather the weights without telling their attention."""
+    layout = SinkWindow(2, 5)
+    model = make_model(family)
+    batch = make_batch(padded=False)
+    with eager_attention_within(layout, is_causal=family not in BIDIRECTIONAL):
+        expected = model(**batch, output_attentions=True)
+    patch_model(model, layout)
+    assert not model(**batch, output_hidden_states=True).get("attentions")
+    actual = model(**batch, output_attentions=True)
+    torch.testing.assert_close(actual.logits, expected.logits, **LOGITS)
+    assert len(actual.attentions) == 2
+    for ours, theirs in zip(actual.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs, **LOGITS)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout") or isinstance(module, nn.Dropout):
+            setattr(module, "p" if isinstance(module, nn.Dropout) else "attention_dropout", 0.5)
+        if family == "opt" and state_of(module):
+            module.dropout = 0.5
+    with pytest.raises(NotImplementedError, match="output_attentions got True in .* dropout 0.5"):
+        model.train()(**batch, output_attentions=True)
+
+
+def test_labels_on_their_way_to_the_loss_are_let_through():
     model = patch_model(make_model("llama"), SlidingWindow(4))
-    with pytest.raises(NotImplementedError, match="never makes the weights"):
-        model(**make_batch(), output_attentions=True)
+    ids = make_batch(padded=False)["input_ids"]
+    shifted = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, loss)
 
 
 def test_is_causal_false_makes_a_decoder_bidirectional():

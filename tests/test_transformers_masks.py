@@ -150,6 +150,38 @@ def test_packed_documents():
             assert mask.dense is None and mask.sequences.num_sequences == 7
 
 
+def documents_of(mask: SequenceMask) -> list[list[int]]:
+    """[batch row, first row, length] of every sequence that holds a token."""
+    return [row[:3] for row in mask.sequences.table.tolist() if row[2]]
+
+
+def test_packed_documents_keep_their_positions_under_any_mask_function():
+    ids = torch.arange(LENGTH).repeat(3, 1) // 9
+    packed = own.packed_sequence_mask_function(ids)
+    expected = [[row, start, min(9, LENGTH - start)] for row in range(3) for start in (0, 9, 18)]
+    chunked = own.chunked_causal_mask_function(6, torch.zeros(3, dtype=torch.long))
+    for inner in (
+        chunked,
+        odd_keys,
+        own.or_masks(own.causal_mask_function, own.and_masks(packed, prefix)),
+    ):
+        mask = check(mask_function=own.and_masks(inner, packed))
+        assert mask.dense is not None and documents_of(mask) == expected
+    mask = check(mask_function=own.and_masks(own.causal_mask_function, packed), use_vmap=True)
+    assert mask.dense is not None and documents_of(mask) == expected
+    real = PADDINGS["both sides"]
+    mask = check(
+        real, mask_function=own.and_masks(own.causal_mask_function, packed), attention_mask=real
+    )
+    assert documents_of(mask)[:4] == [[0, 5, 4], [0, 9, 9], [0, 18, 6], [1, 0, 9]]
+
+
+def test_documents_that_read_each_other_are_refused():
+    packed = own.packed_sequence_mask_function(torch.arange(LENGTH).repeat(3, 1) // 9)
+    with pytest.raises(NotImplementedError, match="a mask function that lets them read each other"):
+        make_mask(3, LENGTH, LENGTH, mask_function=own.or_masks(packed, prefix))
+
+
 def prefix(batch, head, query, key):
     return key < 6
 

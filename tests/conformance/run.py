@@ -1,0 +1,316 @@
+"""Which transformers models run with block-sparse attention, and how: two runs and the table made of their records.
+
+    python tests/conformance/run.py suite --transformers-tests ~/transformers --families llama bert
+    python tests/conformance/run.py matrix
+    python tests/conformance/run.py table
+
+`suite` runs transformers' own model tests with our attention (dense layout) in the place of "sdpa", and those that do not pass again with
+theirs. It needs the tests/ and utils/ folders of transformers' repository at the installed version, and its src/transformers (a link to
+the installed package will do). `matrix` runs tiny models with a sparse layout against eager attention, see matrix.py. Both write a
+record to docs/results; `table` writes docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+
+from hf_blocksparse.run_record import (  # noqa: E402
+    RunRecord,
+    describe_environment,
+    read_record,
+    write_record,
+)
+
+RESULTS = ROOT / "docs" / "results"
+TABLE = ROOT / "docs" / "conformance.md"
+
+# Families of transformers, and what they are called in its tests/models.
+SUITE_FAMILIES = (
+    "llama qwen2 qwen3 qwen3_next mistral mixtral gemma2 gemma3 phi3 gpt2 gpt_neox olmo olmo2 cohere2 gpt_oss smollm3 deepseek_v2 "
+    "deepseek_v3 bert roberta modernbert t5 vit whisper llava"
+).split()
+# These start processes of their own, which do not know the plugin.
+DESELECTED = "not fsdp2 and not tensor_parallel and not tp_"
+
+# Errors of transformers' tests with ours, and what they mean.
+EXPLANATIONS = (
+    (r"passes \['position_bias'\]", "relative position biases are refused"),
+    (
+        r"torch\.compiler\.disable",
+        "`torch.compile(fullgraph=True)`: the graph breaks at the attention",
+    ),
+    (
+        r"attention_mask got torch\.\w+ entries that are neither 0 nor -inf",
+        "additive masks are refused",
+    ),
+    (r"never makes the weights", "`output_attentions` is refused"),
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    suite = commands.add_parser("suite", help="transformers' own tests")
+    suite.add_argument(
+        "--transformers-tests", type=Path, required=True, help="folder that holds tests/"
+    )
+    suite.add_argument("--families", nargs="+", default=SUITE_FAMILIES, metavar="FAMILY")
+    suite.add_argument("--seconds-per-family", type=int, default=1200)
+    suite.add_argument(
+        "--outcomes",
+        type=Path,
+        default=ROOT / "build" / "conformance",
+        help="folder of the outcomes by test; families whose outcomes are there are not run again",
+    )
+    suite.add_argument("--output", type=Path, default=RESULTS / "conformance_suite.json")
+    matrix = commands.add_parser("matrix", help="our own matrix")
+    matrix.add_argument("--families", nargs="+", default=None, metavar="FAMILY")
+    matrix.add_argument("--output", type=Path, default=RESULTS / "conformance_matrix.json")
+    table = commands.add_parser("table", help="the page of both records")
+    table.add_argument("--output", type=Path, default=TABLE)
+    return parser.parse_args(argv)
+
+
+def _pytest(args: argparse.Namespace, attention: str, tests: Sequence[str], outcomes: Path) -> bool:
+    """Run tests of transformers in a process of their own; whether they came to an end within the time."""
+    listed = outcomes.with_suffix(".args")
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text("\n".join(tests) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "--tb=short",
+    ]
+    command += [
+        "-p",
+        "conformance.plugin",
+        "--attention",
+        attention,
+        "--outcomes",
+        str(outcomes.resolve()),
+    ]
+    command += ["-k", DESELECTED, f"@{listed.resolve()}"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+    with outcomes.with_suffix(".log").open("w") as log:
+        try:
+            subprocess.run(
+                command,
+                cwd=args.transformers_tests,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=args.seconds_per_family,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return outcomes.exists()
+
+
+def run_family(args: argparse.Namespace, family: str) -> None:
+    """Leave `FAMILY.ours.json` and `FAMILY.theirs.json` in the folder of outcomes."""
+    ours, theirs = (
+        args.outcomes / f"{family}.{attention}.json" for attention in ("ours", "theirs")
+    )
+    started = time.perf_counter()
+    if not ours.exists() and not _pytest(
+        args, "ours", [f"tests/models/{family}/test_modeling_{family}.py"], ours
+    ):
+        print(f"{family}: no outcomes, see {ours.with_suffix('.log')}", flush=True)
+        return
+    again = [
+        test for test, made in json.loads(ours.read_text()).items() if made["outcome"] != "passed"
+    ]
+    if not theirs.exists() and not _pytest(args, "theirs", again, theirs):
+        print(f"{family}: no outcomes, see {theirs.with_suffix('.log')}", flush=True)
+        return
+    summary = summarise(args.outcomes, family)
+    print(
+        f"{family}: {summary['passed']} passed, {len(summary['theirs_only'])} with theirs only "
+        f"({time.perf_counter() - started:.0f} s)",
+        flush=True,
+    )
+
+
+def summarise(folder: Path, family: str) -> dict[str, Any]:
+    """Counts of one family's outcomes, and every test that passes with theirs only, with its reason."""
+    ours, theirs = (
+        json.loads((folder / f"{family}.{attention}.json").read_text())
+        for attention in ("ours", "theirs")
+    )
+    counts = Counter(made["outcome"] for made in ours.values())
+    theirs_only = {}
+    for test, made in ours.items():
+        if made["outcome"] != "passed" and theirs.get(test, {}).get("outcome") == "passed":
+            theirs_only[test.split("::", 1)[1]] = explain(made["error"] or made["outcome"])
+    return {
+        "passed": counts["passed"],
+        "skipped": counts["skipped"],
+        "failed": counts["failed"],
+        "through_our_attention": sum(
+            bool(made["calls"]) for made in ours.values() if made["outcome"] == "passed"
+        ),
+        "failed_with_both": counts["failed"] - len([test for test in theirs_only]),
+        "theirs_only": theirs_only,
+    }
+
+
+def explain(error: str) -> str:
+    for pattern, reason in EXPLANATIONS:
+        if re.search(pattern, error):
+            return reason
+    return error.strip().splitlines()[0][:200]
+
+
+def _record(args: argparse.Namespace, started: float, results: dict[str, Any]) -> RunRecord:
+    # Paths say nothing about the run.
+    arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    return RunRecord(
+        version=1,
+        script="tests/conformance/run.py",
+        arguments=arguments,
+        seed=0,
+        environment=describe_environment(torch.device("cpu")),
+        timings_seconds={"all": time.perf_counter() - started},
+        results=results,
+    )
+
+
+def run_suite(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    for family in args.families:
+        run_family(args, family)
+    finished = [
+        family
+        for family in SUITE_FAMILIES
+        if all(
+            (args.outcomes / f"{family}.{attention}.json").exists()
+            for attention in ("ours", "theirs")
+        )
+    ]
+    results = {family: summarise(args.outcomes, family) for family in finished}
+    write_record(_record(args, started, results), args.output)
+
+
+def run_matrix(args: argparse.Namespace) -> None:
+    from conformance.matrix import ALL_FAMILIES, FEATURES, run_cell
+
+    started = time.perf_counter()
+    results: dict[str, dict[str, dict[str, str]]] = {}
+    for family in args.families or ALL_FAMILIES:
+        cells = {
+            name: run_cell(ALL_FAMILIES[family], feature) for name, feature in FEATURES.items()
+        }
+        results[family] = {
+            name: {"outcome": cell.outcome, "reason": cell.reason} for name, cell in cells.items()
+        }
+        print(f"{family}: {dict(Counter(cell.outcome for cell in cells.values()))}", flush=True)
+    write_record(_record(args, started, results), args.output)
+
+
+def make_table(suite: RunRecord, matrix: RunRecord) -> str:
+    """docs/conformance.md."""
+    from conformance.matrix import FEATURES
+
+    lines = [
+        "# Conformance",
+        "",
+        "Made by `python tests/conformance/run.py table` from `docs/results/conformance_{suite,matrix}.json`; not edited by hand.",
+        "",
+        "## transformers' own tests",
+        "",
+        f"{_versions(suite)}, CPU. Our attention with a dense layout stands in the place of `sdpa` (as the default where a model does "
+        "not support `sdpa`); a test counts as theirs alone if it passes with transformers' attention and not with ours. Left out: "
+        "tests that start processes of their own (FSDP, tensor parallelism), those marked slow, and those that need a GPU or a hub.",
+        "",
+        "| family | passed with ours | of them through our attention | failed with both | passed with theirs alone | reasons |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family, made in suite.results.items():
+        reasons = Counter(made["theirs_only"].values())
+        text = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()) or "-"
+        lines.append(
+            f"| {family} | {made['passed']} | {made['through_our_attention']} | {made['failed_with_both']} | "
+            f"{len(made['theirs_only'])} | {_escape(text)} |"
+        )
+    lines += [
+        "",
+        "## Ways of running, with a sparse layout",
+        "",
+        f"{_versions(matrix)}, CPU. Tiny random models, another layout in every head, against transformers' eager attention with the "
+        "layout as a mask: outputs, and gradients of every parameter. **yes**: the same. **no**: refused with a message. "
+        "**-**: the model has no such thing, or transformers itself cannot do it. Numbers point to the reasons below. "
+        "`tests/test_conformance.py` holds every cell.",
+        "",
+    ]
+    reasons_seen: list[str] = []
+    families = list(matrix.results)
+    lines.append(f"| | {' | '.join(families)} |")
+    lines.append("|---" * (len(families) + 1) + "|")
+    for name, feature in FEATURES.items():
+        cells = []
+        for family in families:
+            cell = matrix.results[family][name]
+            mark = {"works": "yes", "refused": "no", "not applicable": "-"}[cell["outcome"]]
+            if cell["reason"] and not cell["reason"].endswith(" model"):
+                reason = _escape(
+                    re.sub(r"\b(encoder|decoder|model)[\w.]*\.\d[\w.]*", "LAYER", cell["reason"])
+                )
+                if reason not in reasons_seen:
+                    reasons_seen.append(reason)
+                mark += f" {reasons_seen.index(reason) + 1}"
+            cells.append(mark)
+        lines.append(f"| {feature.title} | {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons_seen, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def _versions(record: RunRecord) -> str:
+    packages = record.environment.packages
+    return f"transformers {packages['transformers']}, torch {packages['torch']}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.command == "suite":
+        run_suite(args)
+    elif args.command == "matrix":
+        run_matrix(args)
+    else:
+        suite, matrix = (
+            read_record(RESULTS / f"conformance_{name}.json") for name in ("suite", "matrix")
+        )
+        args.output.write_text(make_table(suite, matrix), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The cells of the conformance matrix: every way of running works, or is refused with the reason that is written here."""
+
+import re
+
+import pytest
+import torch
+from conformance.matrix import ALL_FAMILIES, FEATURES, run_cell
+from conformance.reasons import expected_cell
+
+from hf_blocksparse import transformers_hook
+from hf_blocksparse.sequences import Sequences
+
+# All features run for these in every test run, for the others with -m slow.
+FAST = ("llama", "gemma3", "gpt2", "modernbert", "t5", "whisper")
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALL_FAMILIES],
+)
+def test_cell(family, feature):
+    outcome, reason = expected_cell(ALL_FAMILIES[family], FEATURES[feature])
+    cell = run_cell(ALL_FAMILIES[family], FEATURES[feature])
+    assert (cell.outcome, bool(re.search(reason, cell.reason))) == (outcome, True), cell
+
+
+def ignore_padding(mask):
+    batch, _, query_len, kv_len = mask.shape
+    start = kv_len - query_len
+    mask.sequences = Sequences.uniform(batch, query_len, kv_len, start, mask.device)
+    mask.dense = None
+
+
+def ignore_window(mask):
+    mask.window_tokens = None
+
+
+def ignore_causality(mask):
+    mask.is_causal = False
+
+
+def count_from_the_first_row(mask):
+    table = mask.sequences.table.clone()
+    table[:, 3] = table[:, 1]
+    table[:, 6] = table[:, 4]
+    mask.sequences = Sequences(
+        **{
+            name: getattr(mask.sequences, name)
+            for name in ("batch", "query_len", "kv_len", "query_end", "key_end")
+        },
+        table=table,
+        covers_queries=False,
+        covers_keys=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_mask", "family", "features"),
+    [
+        (
+            ignore_padding,
+            "llama",
+            ("left_padding", "packed_positions", "dynamic_cache", "beam_search"),
+        ),
+        (ignore_window, "gemma3", ("whole", "right_padding", "sliding_cache", "assisted")),
+        (
+            ignore_causality,
+            "llama",
+            ("whole", "right_padding", "checkpointing", "bfloat16", "autocast"),
+        ),
+        (
+            count_from_the_first_row,
+            "llama",
+            (
+                "left_padding",
+                "packed_positions",
+                "dynamic_cache",
+                "static_cache",
+                "chunked_prefill",
+            ),
+        ),
+    ],
+)
+def test_the_matrix_notices_a_broken_mask(break_mask, family, features, monkeypatch):
+    read_mask = transformers_hook._read_mask
+
+    def broken(*arguments):
+        mask = read_mask(*arguments)
+        mask = mask.clone()
+        break_mask(mask)
+        return mask
+
+    monkeypatch.setattr(transformers_hook, "_read_mask", broken)
+    for feature in features:
+        with pytest.raises(AssertionError):
+            run_cell(ALL_FAMILIES[family], FEATURES[feature])
+
+
+@pytest.mark.parametrize(
+    ("broken", "features"),
+    [
+        (
+            lambda layout, window, chunk: transformers_hook.SlidingWindow(window or 200),
+            ("whole", "prefill_chunk_size"),
+        ),
+        (lambda layout, window, chunk: layout, ("whole", "dynamic_cache", "offloaded")),
+    ],
+    ids=["the layout is ignored", "the window is ignored"],
+)
+def test_the_matrix_notices_a_broken_layout(broken, features, monkeypatch):
+    monkeypatch.setattr(transformers_hook, "_visible", broken)
+    for feature in features:
+        with pytest.raises(AssertionError):
+            run_cell(ALL_FAMILIES["gemma3"], FEATURES[feature])
+
+
+def test_the_matrix_notices_gradients_alone(monkeypatch):
+    """The outputs are right, the gradient of the values is not."""
+    attend = transformers_hook.block_sparse_attention
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.view_as(value)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 1.01 * gradient
+
+    monkeypatch.setattr(
+        transformers_hook,
+        "block_sparse_attention",
+        lambda query, key, value, *rest, **options: attend(
+            query, key, Doubled.apply(value), *rest, **options
+        ),
+    )
+    for feature in (
+        "whole",
+        "left_padding",
+        "packed_lengths",
+        "checkpointing",
+        "own_sliding_layers",
+    ):
+        with pytest.raises(AssertionError):
+            run_cell(ALL_FAMILIES["gemma3"], FEATURES[feature])
