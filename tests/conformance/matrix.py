@@ -419,7 +419,7 @@ def _generate(run: Run, batch: dict[str, Tensor], **options: Any) -> Outcome:
     outcome = {"tokens": made.sequences}
     if options.get("num_beams", 1) > 1:
         outcome["scores"] = made.sequences_scores
-    elif "assistant_model" not in options:
+    else:
         outcome["logits"] = torch.stack(made.logits, 1)
     return outcome
 
@@ -449,7 +449,7 @@ def _assisted(run: Run) -> Outcome:
 
 
 def _not_assisted(run: Run) -> Outcome:
-    return {"tokens": _generate(run, _prompt(run))["tokens"]}
+    return _generate(run, _prompt(run))
 
 
 def _attentions(run: Run) -> Outcome:
