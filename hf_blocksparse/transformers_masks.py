@@ -8,7 +8,6 @@ into a dense boolean mask: exact, at the price of `batch x query_len x kv_len` b
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,8 +183,8 @@ class _Predicate:
         return min(sizes, default=None)
 
 
-def _recognise(mask_function: Callable) -> _Predicate | None:
-    """The predicate that `mask_function` computes, or None where its structure is not one of transformers' own."""
+def _parts(mask_function: object) -> tuple[str, dict[str, Any]] | None:
+    """The name of the transformers function that made `mask_function`, and what it holds; None where another did."""
     if getattr(mask_function, "__module__", None) != _MASKING:
         return None
     code = getattr(mask_function, "__code__", None)
@@ -193,7 +192,15 @@ def _recognise(mask_function: Callable) -> _Predicate | None:
         return None
     cells = getattr(mask_function, "__closure__", None) or ()
     held = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
-    match mask_function.__qualname__.partition(".")[0]:
+    return mask_function.__qualname__.partition(".")[0], held
+
+
+def _recognise(mask_function: Callable) -> _Predicate | None:
+    """The predicate that `mask_function` computes, or None where its structure is not one of transformers' own."""
+    if (parts := _parts(mask_function)) is None:
+        return None
+    name, held = parts
+    match name:
         case "causal_mask_function":
             return _Predicate(is_causal=True)
         case "bidirectional_mask_function":
@@ -220,10 +227,10 @@ def _recognise(mask_function: Callable) -> _Predicate | None:
 
 def _documents(mask_function: object) -> Tensor | None:
     """The packed documents named somewhere in `mask_function`, int `[batch, length]`, whatever else it does; None without any."""
-    if getattr(mask_function, "__module__", None) != _MASKING:
+    if (parts := _parts(mask_function)) is None:
         return None
-    held = inspect.getclosurevars(mask_function).nonlocals
-    match mask_function.__qualname__.partition(".")[0]:
+    name, held = parts
+    match name:
         case "packed_sequence_mask_function":
             return held["packed_sequence_mask"]
         case "and_masks" | "or_masks":

@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from conformance import run as conformance
 from conformance.matrix import ALL_FAMILIES, FEATURES, run_cell
 from conformance.reasons import expected_cell
 
 from hf_blocksparse import transformers_hook
+from hf_blocksparse.run_record import read_record
 from hf_blocksparse.sequences import Sequences
 
 # All features run for these in every test run, for the others with -m slow.
@@ -144,3 +146,81 @@ def test_the_matrix_notices_gradients_alone(monkeypatch):
     ):
         with pytest.raises(AssertionError):
             run_cell(ALL_FAMILIES["gemma3"], FEATURES[feature])
+
+
+THEIR_TESTS = """
+import pytest, torch
+from transformers import LlamaConfig, LlamaModel
+
+MODEL = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+IDS = torch.ones(1, 4, dtype=torch.long)
+
+
+def test_both():
+    assert MODEL.config._attn_implementation == "sdpa"
+    MODEL(IDS)
+
+
+def test_without_attention():
+    pass
+
+
+def test_theirs_alone():
+    MODEL(IDS, position_bias=torch.zeros(1))
+
+
+def test_neither():
+    MODEL(torch.full_like(IDS, 9))
+
+
+@pytest.mark.skip
+def test_skipped():
+    pass
+
+
+def test_fsdp2_left_out():
+    raise AssertionError
+"""
+
+
+@pytest.mark.slow
+def test_their_tests_run_with_ours_and_again_with_theirs(tmp_path):
+    folder = tmp_path / "tests" / "models" / "llama"
+    folder.mkdir(parents=True)
+    (folder / "test_modeling_llama.py").write_text(THEIR_TESTS)
+    arguments = [
+        "--transformers-tests",
+        tmp_path,
+        "--outcomes",
+        tmp_path / "outcomes",
+        "--families",
+        "llama",
+    ]
+    output = tmp_path / "record.json"
+    conformance.main(["suite", *map(str, arguments), "--output", str(output)])
+    assert read_record(output).results == {
+        "llama": {
+            "passed": 2,
+            "skipped": 1,
+            "failed": 2,
+            "through_our_attention": 1,
+            "failed_with_both": 1,
+            "theirs_only": {"test_theirs_alone": "relative position biases are refused"},
+        }
+    }
+
+
+def test_the_page_is_made_of_the_records():
+    suite, matrix = (
+        read_record(conformance.RESULTS / f"conformance_{name}.json")
+        for name in ("suite", "matrix")
+    )
+    assert conformance.TABLE.read_text(encoding="utf-8") == conformance.make_table(suite, matrix)
+    assert set(matrix.results) == set(ALL_FAMILIES) and set(suite.results) <= set(
+        conformance.SUITE_FAMILIES
+    )
+    for family, cells in matrix.results.items():
+        assert set(cells) == set(FEATURES)
+        for name, cell in cells.items():
+            outcome, reason = expected_cell(ALL_FAMILIES[family], FEATURES[name])
+            assert cell["outcome"] == outcome and re.search(reason, cell["reason"]), (family, name)

@@ -29,6 +29,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    DataCollatorWithFlattening,
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -332,14 +333,15 @@ def _packed_by_positions(run: Run) -> Outcome:
 def _packed_by_lengths(run: Run) -> Outcome:
     if not run.takes("kwargs"):
         raise NotApplicable("the model passes no cu_seq_lens to its attention")
-    edges = torch.tensor([0, *torch.tensor(_DOCUMENTS).cumsum(0)], dtype=torch.int32)
-    lengths = dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=23, max_length_k=23)
-    batch = {"input_ids": _packed_ids(run)}
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False)
+    documents = [{"input_ids": part[0].tolist()} for part in _packed_ids(run).split(_DOCUMENTS, 1)]
+    batch = dict(collate(documents))
+    del batch["labels"]
     if run.takes("position_ids"):
         batch["position_ids"] = run.packed_positions()
     # With a cache, transformers does not look for documents in position_ids: only the lengths tell.
     options = {"use_cache": True} if run.family.generates else {}
-    return _with_gradients(run, run.logits(batch, **lengths, **options))
+    return _with_gradients(run, run.logits(batch, **options))
 
 
 def _documents_apart(run: Run) -> Outcome:
