@@ -176,12 +176,14 @@ def block_sparse_attention_forward(
 
 def _weights(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What each query reads of each key, [batch, heads, query_len, kv_len]: attention over unit vectors instead of values."""
-    batch, heads, kv_len, width = *key.shape[:3], value.shape[3]
+    kv_len, width = value.shape[2:]
     columns = []
     for start in range(0, kv_len, width):
-        units = value.new_zeros(kv_len, width)
-        units[start : start + width].fill_diagonal_(1)
-        columns.append(attend(query, key, units.expand(batch, heads, kv_len, width)))
+        units = value.new_zeros(value.shape)
+        units[:, :, start : start + width] = torch.eye(
+            width, dtype=value.dtype, device=value.device
+        )[: kv_len - start]
+        columns.append(attend(query, key, units))
     return torch.cat(columns, 3)[..., :kv_len]
 
 

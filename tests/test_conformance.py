@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conformance import run as conformance
-from conformance.matrix import ALL_FAMILIES, FEATURES, run_cell
+from conformance.matrix import ALL_FAMILIES, FEATURES, Run, judge, run_cell
 from conformance.reasons import expected_cell
 
 from hf_blocksparse import transformers_hook
@@ -25,6 +25,23 @@ def test_cell(family, feature):
     outcome, reason = expected_cell(ALL_FAMILIES[family], FEATURES[feature])
     cell = run_cell(ALL_FAMILIES[family], FEATURES[feature])
     assert (cell.outcome, bool(re.search(reason, cell.reason))) == (outcome, True), cell
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_layout_matters(family):
+    """Otherwise a cell would work without any attention."""
+    family = ALL_FAMILIES[family]
+    model = family.model()
+    dense = FEATURES["whole"].run(Run(family, model, is_patched=False))["logits"]
+    with judge(family, FEATURES["whole"], model):
+        sparse = FEATURES["whole"].run(Run(family, model, is_patched=False))["logits"]
+    assert (sparse - dense).abs().max() > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "bert", "vit"])
+def test_a_patched_model_moves_to_the_gpu(family):
+    assert run_cell(ALL_FAMILIES[family], FEATURES["moved"]).outcome == "works"
 
 
 def ignore_padding(mask):

@@ -272,26 +272,28 @@ def eager_attention_within(
             **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )
         if not (keeps_sliding and _is_local(kwargs["mask_function"])):
-            query = (torch.arange(q_length) + q_offset).expand(batch_size, -1)
-            key = (torch.arange(kv_length) + kv_offset).expand(batch_size, -1)
+            device = allowed.device
+            query = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
+            key = (torch.arange(kv_length, device=device) + kv_offset).expand(batch_size, -1)
             if positions is not None:
-                query, key = positions, positions
+                query = key = positions.to(device)
             elif kwargs.get("attention_mask") is not None:
                 anchor = kwargs["attention_mask"].int().argmax(1, keepdim=True)
                 query, key = query - anchor, key - anchor
             real = (query >= 0)[:, None, :, None] & (key >= 0)[:, None, None, :]
-            kept = table[:, query.clamp(min=0)[:, :, None], key.clamp(min=0)[:, None, :]]
+            rows, columns = query.clamp(min=0)[:, :, None], key.clamp(min=0)[:, None, :]
+            kept = table.to(device)[:, rows, columns]
             allowed = allowed & real & kept.transpose(0, 1)
         dtype = kwargs.get("dtype", torch.float32)
-        return torch.where(allowed, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
 
     def attention_within(module, query, key, value, attention_mask, **kwargs):
         if getattr(module, "reads_within_layout", False):
             assert attention_mask is None or (attention_mask == 0).all()
-            kept = table[:, : query.shape[2], : key.shape[2]]
-            attention_mask = torch.zeros(kept.shape, dtype=query.dtype).masked_fill(
-                ~kept, float("-inf")
-            )[None]
+            kept = table.to(query.device)[:, : query.shape[2], : key.shape[2]]
+            attention_mask = query.new_zeros(kept.shape).masked_fill(~kept, float("-inf"))[None]
         own = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
         return own(module, query, key, value, attention_mask, **kwargs)
 

@@ -537,10 +537,10 @@ def _slides(module: nn.Module) -> bool:
 
 
 def _moved(run: Run) -> Outcome:
-    """A copy, on the GPU where there is one, in float64 where transformers' experts allow it."""
+    """A copy on the GPU; without one in float64, where transformers' experts allow it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     has_experts = any("Expert" in type(module).__name__ for module in run.model.modules())
-    dtype = torch.float32 if has_experts else torch.float64
+    dtype = torch.float32 if has_experts or device == "cuda" else torch.float64
     model = copy.deepcopy(run.model).to(device, dtype)
     moved = Run(run.family, model, run.is_patched)
     # Whole: eager attention gives NaN for rows of padding in float64.
@@ -625,16 +625,19 @@ FEATURES = {
             kinds=TEXT_KINDS,
             keeps_sliding=True,
         ),
-        Feature("moved", "moved and copied after patching", _moved, kinds=ALL_KINDS),
+        Feature(
+            "moved", "copied and moved (on a CPU: cast) after patching", _moved, kinds=ALL_KINDS
+        ),
         Feature("offloaded", "offloaded by accelerate", _offloaded, _logits_only, kinds=ALL_KINDS),
     )
 }
 
 
 @contextmanager
-def _judge(
-    family: Family, feature: Feature, model: PreTrainedModel, packed: bool
+def judge(
+    family: Family, feature: Feature, model: PreTrainedModel, packed: bool = False
 ) -> Iterator[None]:
+    """`model` computes eager attention within the layout; `packed` where the batch holds documents."""
     if not family.reads_text:
         for module in family.layers(model).values():
             module.reads_within_layout = True
@@ -674,7 +677,7 @@ def run_cell(family: Family, feature: Feature) -> Cell:
         return Cell("not applicable", f"{family.kind} model")
     reference = feature.reference or feature.run
     judge_model = family.model()
-    with _judge(family, feature, judge_model, packed=feature.positions is not None):
+    with judge(family, feature, judge_model, packed=feature.positions is not None):
         try:
             own = feature.run(Run(family, judge_model, is_patched=False))
         except NotApplicable as reason:
@@ -682,13 +685,16 @@ def run_cell(family: Family, feature: Feature) -> Cell:
         except _THEIR_ERRORS as error:
             return Cell("not applicable", f"transformers: {_first_line(error)}")
     judge_model = family.model()
-    with _judge(family, feature, judge_model, packed=False):
+    with judge(family, feature, judge_model):
         expected = reference(Run(family, judge_model, is_patched=False))
     if feature.judge_can and not feature.low_precision:
         try:
             _compare(own, expected)
         except AssertionError:
-            return Cell("not applicable", "transformers' eager attention is off, too")
+            return Cell(
+                "not applicable",
+                "transformers' eager attention is not equal to the reference either",
+            )
     model = family.model()
     try:
         family.patch(model, kept=_slides if feature.keeps_sliding else lambda module: False)

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 from hf_blocksparse.run_record import (  # noqa: E402
+    Environment,
     RunRecord,
     describe_environment,
     read_record,
@@ -186,7 +187,9 @@ def explain(error: str) -> str:
     return error.strip().splitlines()[0][:200]
 
 
-def _record(args: argparse.Namespace, started: float, results: dict[str, Any]) -> RunRecord:
+def _record(
+    args: argparse.Namespace, environment: Environment, started: float, results: dict[str, Any]
+) -> RunRecord:
     # Paths say nothing about the run.
     arguments = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     return RunRecord(
@@ -194,14 +197,14 @@ def _record(args: argparse.Namespace, started: float, results: dict[str, Any]) -
         script="tests/conformance/run.py",
         arguments=arguments,
         seed=0,
-        environment=describe_environment(torch.device("cpu")),
+        environment=environment,
         timings_seconds={"all": time.perf_counter() - started},
         results=results,
     )
 
 
 def run_suite(args: argparse.Namespace) -> None:
-    started = time.perf_counter()
+    environment, started = describe_environment(torch.device("cpu")), time.perf_counter()
     for family in args.families:
         run_family(args, family)
     finished = [
@@ -213,13 +216,13 @@ def run_suite(args: argparse.Namespace) -> None:
         )
     ]
     results = {family: summarise(args.outcomes, family) for family in finished}
-    write_record(_record(args, started, results), args.output)
+    write_record(_record(args, environment, started, results), args.output)
 
 
 def run_matrix(args: argparse.Namespace) -> None:
     from conformance.matrix import ALL_FAMILIES, FEATURES, run_cell
 
-    started = time.perf_counter()
+    environment, started = describe_environment(torch.device("cpu")), time.perf_counter()
     results: dict[str, dict[str, dict[str, str]]] = {}
     for family in args.families or ALL_FAMILIES:
         cells = {
@@ -229,7 +232,7 @@ def run_matrix(args: argparse.Namespace) -> None:
             name: {"outcome": cell.outcome, "reason": cell.reason} for name, cell in cells.items()
         }
         print(f"{family}: {dict(Counter(cell.outcome for cell in cells.values()))}", flush=True)
-    write_record(_record(args, started, results), args.output)
+    write_record(_record(args, environment, started, results), args.output)
 
 
 def make_table(suite: RunRecord, matrix: RunRecord) -> str:
