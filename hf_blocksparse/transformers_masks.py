@@ -242,9 +242,9 @@ def _documents(mask_function: object) -> Tensor | None:
 def make_mask(
     batch_size: int,
     q_length: int,
-    kv_length: int,
+    kv_length: int | Tensor,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
@@ -261,6 +261,8 @@ def make_mask(
         use_vmap: the model's user added mask functions, so nothing is assumed about them.
     """
     device = torch.device(device)
+    # Assisted decoding leaves tensors in the counts of a sliding-window cache (seen in transformers 5.17).
+    kv_length, kv_offset = int(kv_length), int(kv_offset)
     if getattr(kwargs.get("config"), "model_type", None) == "longformer":
         from transformers.masking_utils import eager_mask
 

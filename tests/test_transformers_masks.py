@@ -116,12 +116,14 @@ def test_decoding_with_growing_and_with_static_caches(name, pad, as_tensor):
         )
 
 
-def test_decoding_with_a_sliding_cache():
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_decoding_with_a_sliding_cache(as_tensor):
+    count = torch.tensor if as_tensor else int
     check(
         q_length=2,
-        kv_length=8,
-        q_offset=30,
-        kv_offset=24,
+        kv_length=count(8),
+        q_offset=count(30),
+        kv_offset=count(24),
         mask_function=own.sliding_window_causal_mask_function(7),
         attention_mask=padding((5, 32), (0, 32), (26, 32), length=32),
     )

@@ -331,8 +331,11 @@ def _packed_by_positions(run: Run) -> Outcome:
 
 
 def _packed_by_lengths(run: Run) -> Outcome:
-    if not run.takes("kwargs"):
+    parameters = inspect.signature(run.model.forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise NotApplicable("the model passes no cu_seq_lens to its attention")
+    if "linear_attention" in (getattr(run.model.config, "layer_types", None) or ()):
+        raise NotApplicable("linear attention reads across documents")
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False)
     documents = [{"input_ids": part[0].tolist()} for part in _packed_ids(run).split(_DOCUMENTS, 1)]
     batch = dict(collate(documents))
