@@ -72,6 +72,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     suite.add_argument(
         "--transformers-tests", type=Path, required=True, help="folder that holds tests/"
     )
+    suite.add_argument(
+        "--tests-from",
+        default="the installed version",
+        help="release or commit of the tests, for the page",
+    )
     suite.add_argument("--families", nargs="+", default=SUITE_FAMILIES, metavar="FAMILY")
     suite.add_argument("--seconds-per-family", type=int, default=1200)
     suite.add_argument(
@@ -246,9 +251,10 @@ def make_table(suite: RunRecord, matrix: RunRecord) -> str:
         "",
         "## transformers' own tests",
         "",
-        f"{_versions(suite)}, CPU. Our attention with a dense layout stands in the place of `sdpa` (as the default where a model does "
-        "not support `sdpa`); a test counts as theirs alone if it passes with transformers' attention and not with ours. Left out: "
-        "tests that start processes of their own (FSDP, tensor parallelism), those marked slow, and those that need a GPU or a hub.",
+        f"{_versions(suite)}, CPU, tests of {suite.arguments['tests_from']}. Our attention with a dense layout stands in the place of "
+        "`sdpa` (as the default where a model does not support `sdpa`); a test counts as theirs alone if it passes with transformers' "
+        "attention and not with ours. Left out: tests that start processes of their own (FSDP, tensor parallelism), those marked slow, "
+        "and those that need a GPU or a hub.",
         "",
         "| family | passed with ours | of them through our attention | failed with both | passed with theirs alone | reasons |",
         "|---|---|---|---|---|---|",
