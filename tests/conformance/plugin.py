@@ -126,9 +126,10 @@ def install(outcomes: _Outcomes) -> None:
 
     @functools.wraps(check)
     def check_or_ours(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        chosen = check(self, attn_implementation, *args, **kwargs)
-        is_default = attn_implementation is None and not self._supports_sdpa
-        return "sdpa" if is_default and chosen == "eager" else chosen
+        # A model inside another finds the outer one's choice in the configuration.
+        if attn_implementation in (None, "sdpa") and not self._supports_sdpa:
+            return "sdpa"
+        return check(self, attn_implementation, *args, **kwargs)
 
     @functools.wraps(post_init)
     def post_init_with_layouts(self: Any, *args: Any, **kwargs: Any) -> Any:
