@@ -266,6 +266,8 @@ def make_table(suite: RunRecord, matrix: RunRecord) -> str:
             f"| {family} | {made['passed']} | {made['through_our_attention']} | {made['failed_with_both']} | "
             f"{len(made['theirs_only'])} | {_escape(text)} |"
         )
+    if left := [family for family in SUITE_FAMILIES if family not in suite.results]:
+        lines += ["", f"Not run yet: {', '.join(left)}."]
     lines += [
         "",
         "## Ways of running, with a sparse layout",
