@@ -25,13 +25,17 @@ from torch import Tensor
 
 from hf_blocksparse.rules import (
     CAUSAL,
+    EVERY_POSITION,
     AnyOf,
     Band,
     Columns,
+    Intervals,
     RandomBlocks,
     Rows,
     Rule,
     Table,
+    common_intervals,
+    join_intervals,
 )
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -109,6 +113,14 @@ class Layout:
     def depends_on_length(self, is_causal: bool) -> bool:
         """Whether a row's keys change with the length of the sequence."""
         return False
+
+    def readable_from(self, position: int) -> Intervals:
+        """Intervals `(start, stop)` of positions that hold every key which a query at `position` or later may read in any head.
+
+        Together they may be too much, never too little: what they leave out, a cache whose next query stands at `position` can free.
+        Layouts that cannot say (tensors, random blocks) answer with every position.
+        """
+        return self.rule(RuleContext(True, 0, 1, torch.device("cpu"))).readable_from(position)
 
     def check(self, num_heads: int, query_end: int, key_end: int) -> None:
         """Raise ValueError where the layout cannot serve `num_heads` heads or positions up to these ends."""
@@ -284,6 +296,9 @@ class BigBird(Layout):
     def depends_on_length(self, is_causal: bool) -> bool:
         return not is_causal and self.random_blocks > 0
 
+    def readable_from(self, position: int) -> Intervals:
+        return EVERY_POSITION if self.random_blocks else super().readable_from(position)
+
     def rule(self, context: RuleContext) -> Rule:
         half = self.window_blocks // 2
         rules: list[Rule] = [Band(-half, half, unit=self.block_size)]
@@ -392,6 +407,9 @@ class _TableLayout(Layout):
         table = self.table(context.device)
         # Heads that keep the same share one list, which is walked for all of them at once.
         return Table(table[:1] if bool((table == table[:1]).all()) else table, self.grain)
+
+    def readable_from(self, position: int) -> Intervals:
+        return EVERY_POSITION
 
     def check(self, num_heads: int, query_end: int, key_end: int) -> None:
         heads, rows, cols = self.shape
@@ -514,6 +532,11 @@ class _Composite(Layout):
     def depends_on_length(self, is_causal: bool) -> bool:
         return any(layout.depends_on_length(is_causal) for layout in self.layouts)
 
+    def readable_from(self, position: int) -> Intervals:
+        return join_intervals(
+            interval for layout in self.layouts for interval in layout.readable_from(position)
+        )
+
     def check(self, num_heads: int, query_end: int, key_end: int) -> None:
         for layout in self.layouts:
             layout.check(num_heads, query_end, key_end)
@@ -546,6 +569,9 @@ class Intersection(_Composite):
 
     def rule(self, context: RuleContext) -> Rule:
         return reduce(Rule.__and__, (layout.rule(context) for layout in self.layouts))
+
+    def readable_from(self, position: int) -> Intervals:
+        return reduce(common_intervals, (part.readable_from(position) for part in self.layouts))
 
 
 @dataclass(frozen=True)

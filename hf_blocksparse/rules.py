@@ -9,12 +9,13 @@ coefficients are looked at only where the tile is partial:
 - `bounds`: per tile, whether some coefficient may be kept and whether every one surely is;
 - `keys`: integers per tile; tiles of equal keys have equal content, so masks are evaluated once per distinct key.
 
-All arithmetic is on int64 tensors of positions; a rule never holds a length of its own except where its layout is a tensor.
+`readable_from` says which keys a cache has to keep. All other arithmetic is on int64 tensors of positions; a rule never holds a length of its own except where its layout is a tensor.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -24,6 +25,32 @@ from torch import Tensor
 
 # Larger than any position, small enough that sums of a few stay far from int64's end.
 UNBOUNDED = 1 << 40
+
+# `start <= position < stop`, ascending, neither empty nor touching; a stop of UNBOUNDED or more means no end.
+Intervals = tuple[tuple[int, int], ...]
+EVERY_POSITION: Intervals = ((0, UNBOUNDED),)
+
+
+def join_intervals(intervals: Iterable[tuple[int, int]]) -> Intervals:
+    """The positions in any of `intervals`, which may overlap and come in any order."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(intervals):
+        if start >= stop:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def common_intervals(first: Intervals, second: Intervals) -> Intervals:
+    """The positions in both."""
+    return join_intervals(
+        (max(start, other_start), min(stop, other_stop))
+        for start, stop in first
+        for other_start, other_stop in second
+    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +153,13 @@ class Rule(ABC):
         keys = [torch.where(partial, key, 0) for key in self._partial_keys(tiles)]
         return [some.long() + every.long(), *keys]
 
+    def readable_from(self, position: int) -> Intervals:
+        """Positions that hold every key which a query at `position` or later may read, whatever the length.
+
+        A superset: a rule without the structure to say it answers with every position.
+        """
+        return EVERY_POSITION
+
     def __and__(self, other: Rule) -> Rule:
         return All((self, other))
 
@@ -139,6 +173,12 @@ class IntervalRule(Rule):
     @abstractmethod
     def columns(self, row_start: Tensor, row_last: Tensor) -> tuple[Tensor, Tensor]:
         """First and last column (inclusive) that any row of the range may keep."""
+
+    def readable_from(self, position: int) -> Intervals:
+        first, last = self.columns(
+            torch.tensor(position, device="cpu"), torch.tensor(UNBOUNDED, device="cpu")
+        )
+        return join_intervals([(max(0, int(first)), int(last) + 1)])
 
     def enumerate(self, grid: TileGrid) -> Tensor:
         return grid.expand_rows(*self._tile_range(grid))
@@ -439,6 +479,11 @@ class _Combination(Rule):
 class AnyOf(_Combination):
     """Union: kept where any of the rules keeps."""
 
+    def readable_from(self, position: int) -> Intervals:
+        return join_intervals(
+            interval for rule in self.rules for interval in rule.readable_from(position)
+        )
+
     def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
         return reduce(torch.logical_or, (rule.visible(head, row, col) for rule in self.rules))
 
@@ -452,6 +497,9 @@ class AnyOf(_Combination):
 
 class All(_Combination):
     """Intersection: kept where all of the rules keep."""
+
+    def readable_from(self, position: int) -> Intervals:
+        return reduce(common_intervals, (rule.readable_from(position) for rule in self.rules))
 
     def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
         return reduce(torch.logical_and, (rule.visible(head, row, col) for rule in self.rules))

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_blocksparse.attention import resolve_layout
 from hf_blocksparse.inspection import describe, inspect_layout, kept_fractions
@@ -63,6 +65,69 @@ def make_layouts() -> list:
 def test_mask_is_the_definition(layout, is_causal):
     expected = DEFINITIONS[layout] & (COL <= ROW) if is_causal else DEFINITIONS[layout]
     assert torch.equal(layout.to_mask(200, is_causal=is_causal)[0], expected)
+
+
+SIZES = st.integers(1, 40)
+TABLE = torch.rand(13, 13, generator=torch.Generator().manual_seed(3)) > 0.7
+LAYOUTS = st.recursive(
+    st.one_of(
+        st.just(Dense()),
+        st.builds(SlidingWindow, SIZES),
+        st.builds(SinkWindow, SIZES, SIZES),
+        st.builds(Longformer, st.integers(2, 40), st.integers(0, 9)),
+        st.builds(BlockDiagonal, SIZES),
+        st.builds(BigBird, st.just(16), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2)),
+        st.just(TensorLayout.from_tensor(TABLE, 16)),
+    ),
+    lambda parts: st.one_of(
+        st.builds(Union, st.lists(parts, min_size=1, max_size=3)),
+        st.builds(Intersection, st.lists(parts, min_size=1, max_size=3)),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layouts=st.lists(LAYOUTS, min_size=2, max_size=2),
+    position=st.integers(0, 200),
+    is_causal=st.booleans(),
+)
+def test_no_later_query_reads_a_key_outside_the_readable_ones(layouts, position, is_causal):
+    layout = PerHead(tuple(layouts))
+    intervals = layout.readable_from(position)
+    ends = [end for interval in intervals for end in interval]
+    assert ends == sorted(set(ends))
+    inside = torch.zeros(200, dtype=torch.bool)
+    for start, stop in intervals:
+        inside[start:stop] = True
+    read = layout.to_mask(200, is_causal=is_causal, num_heads=2)[:, position:].any(1).any(0)
+    assert not (read & ~inside).any()
+
+
+@pytest.mark.parametrize(
+    "layout, readable",
+    [
+        (SlidingWindow(30), [(71, 100)]),
+        (SlidingWindow(300), [(0, 100)]),
+        (SinkWindow(4, 30), [(0, 4), (71, 100)]),
+        (BlockDiagonal(48), [(96, 100)]),
+        (BlockDiagonal(50), []),
+        (Longformer(30, 3), [(0, 3), (85, 100)]),
+        (BigBird(16, 3, 2, 0), [(0, 32), (80, 100)]),
+        (BigBird(16, 3, 2, 1), [(0, 100)]),
+        (Dense(), [(0, 100)]),
+        (MaskLayout.from_tensor(torch.eye(200)), [(0, 100)]),
+        (SinkWindow(4, 30) & SlidingWindow(50), [(71, 100)]),
+        (SinkWindow(4, 30) & BlockDiagonal(48), [(96, 100)]),
+        (SinkWindow(4, 30) | BlockDiagonal(90), [(0, 4), (71, 100)]),
+        (PerHead((SinkWindow(4, 30), SlidingWindow(50))), [(0, 4), (51, 100)]),
+    ],
+    ids=repr,
+)
+def test_readable_past_keys_are_no_more_than_needed(layout, readable):
+    past = [(start, min(stop, 100)) for start, stop in layout.readable_from(100) if start < 100]
+    assert past == readable
 
 
 @pytest.mark.parametrize("layout", make_layouts(), ids=lambda layout: layout.kind)
