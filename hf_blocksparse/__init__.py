@@ -8,6 +8,8 @@ Importing this package loads neither Triton nor transformers and asks for no GPU
 transformers loads it after this import.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hf_blocksparse.adapters import norm_and_embedding_options, patch_model_for_adapter
 from hf_blocksparse.attention import block_sparse_attention
 from hf_blocksparse.layouts import (
@@ -36,6 +38,9 @@ from hf_blocksparse.replacements import native_layout
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_hook import register_when_imported
 
+if TYPE_CHECKING:
+    from hf_blocksparse.sparse_cache import SparseCache
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "Sequences",
     "SinkWindow",
     "SlidingWindow",
+    "SparseCache",
     "TensorLayout",
     "Union",
     "block_sparse_attention",
@@ -67,5 +73,14 @@ __all__ = [
     "patch_model_for_adapter",
     "unpatch_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SparseCache":  # a class of transformers, which this package does not load unasked
+        from hf_blocksparse.sparse_cache import SparseCache
+
+        return SparseCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register_when_imported()

@@ -9,7 +9,9 @@ coefficients are looked at only where the tile is partial:
 - `bounds`: per tile, whether some coefficient may be kept and whether every one surely is;
 - `keys`: integers per tile; tiles of equal keys have equal content, so masks are evaluated once per distinct key.
 
-`readable_from` says which keys a cache has to keep. All other arithmetic is on int64 tensors of positions; a rule never holds a length of its own except where its layout is a tensor.
+`readable_from` says which keys a cache has to keep.
+
+All arithmetic is on int64 tensors of positions; a rule never holds a length of its own except where its layout is a tensor.
 """
 
 from __future__ import annotations

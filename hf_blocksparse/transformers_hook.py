@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.kept_keys import KeptKeys, kept_keys
 from hf_blocksparse.layout_files import (
     find_beside,
     read_tables,
@@ -117,7 +118,13 @@ def block_sparse_attention_forward(
     if state.problem:
         raise ValueError(f"config.{SECTION}: {state.problem}.")
     state.calls += 1
+    kept = kept_keys(key)
     if state.layout is None:
+        if kept is not None:
+            raise NotImplementedError(
+                f"{state.path} has no layout and reads keys from a SparseCache layer, which frees them by another's; "
+                "use transformers' DynamicCache."
+            )
         return _dense_attention(
             module,
             state,
@@ -134,7 +141,7 @@ def block_sparse_attention_forward(
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
     _refuse(state, kwargs)
     _refuse_context_parallel(state)
-    mask = _read_mask(module, state, query, key, attention_mask, is_causal, window)
+    mask = _read_mask(module, state, query, key, kept, attention_mask, is_causal, window)
     if mask.is_causal and is_causal is False:
         raise ValueError(
             f"is_causal got False in {state.path}, whose attention_mask is causal; one of them is wrong; set config.is_causal=False "
@@ -144,12 +151,10 @@ def block_sparse_attention_forward(
     if any(lengths is not None for lengths in cu_seqlens):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
-    attend = functools.partial(
-        block_sparse_attention,
+    wants_weights = output_attentions or _weights_are_collected()
+    options: dict[str, Any] = dict(
         layout=_visible(state.layout, mask.window_tokens, mask.chunk_tokens),
         is_causal=mask.is_causal,
-        attn_mask=mask.dense,
-        sequences=sequences,
         dropout_p=dropout,
         scale=scaling,
         softcap=softcap,
@@ -157,9 +162,21 @@ def block_sparse_attention_forward(
         alibi_slopes=alibi_slopes,
         impl=state.impl,
     )
+    if kept is not None:
+        if wants_weights:
+            raise NotImplementedError(
+                f"output_attentions got True in {state.path} with a SparseCache, which no longer holds every key that a weight belongs "
+                "to; use transformers' DynamicCache."
+            )
+        tensors = (query, key, value)
+        out, lse = kept.attend(module, state.path, tensors, mask, sequences, **options)
+        return out.transpose(1, 2).contiguous(), lse if return_lse else None
+    attend = functools.partial(
+        block_sparse_attention, attn_mask=mask.dense, sequences=sequences, **options
+    )
     out, lse = attend(query, key, value, return_lse=True)
     out = out.transpose(1, 2).contiguous()
-    if not (output_attentions or _weights_are_collected()):
+    if not wants_weights:
         return out, lse if return_lse else None
     if return_lse:
         raise NotImplementedError(
@@ -221,12 +238,13 @@ def _read_mask(
     state: LayerAttention,
     query: Tensor,
     key: Tensor,
+    kept: KeptKeys | None,
     attention_mask: Tensor | None,
     is_causal: bool | None,
     window: int | None,
 ) -> SequenceMask:
     batch, _, query_len, _ = query.shape
-    kv_len = key.shape[2]
+    kv_len = key.shape[2] if kept is None else kept.mask_len
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # A single query stands at the last key, where causality hides nothing.

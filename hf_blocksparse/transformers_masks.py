@@ -35,6 +35,7 @@ class SequenceMask(Tensor):
         dense: bool, broadcastable to (batch, heads, query_len, kv_len), on top of all the others, or None.
         covers_batch: neither padding nor documents: every batch row is one sequence.
         is_cross: queries and keys are not the same tokens.
+        derived: what layers worked out from this mask for each other.
     """
 
     sequences: Sequences
@@ -44,6 +45,7 @@ class SequenceMask(Tensor):
     dense: Tensor | None
     covers_batch: bool
     is_cross: bool
+    derived: dict[Any, Any]
     _arguments: dict[str, Any] | None
     _own_masks: dict[str, Tensor | None]
 
@@ -78,6 +80,7 @@ class SequenceMask(Tensor):
         mask.dense = dense
         mask.covers_batch = covers_batch
         mask.is_cross = is_cross
+        mask.derived = {}
         mask._arguments = arguments
         mask._own_masks = {}
         return mask
@@ -88,6 +91,11 @@ class SequenceMask(Tensor):
             f"is_causal={self.is_causal}, window_tokens={self.window_tokens}, "
             f"chunk_tokens={self.chunk_tokens}, dense={self.dense is not None})"
         )
+
+    @property
+    def key_start(self) -> int:
+        """Place of the first key among all tokens so far: not 0 where the cache of the model's own window dropped some."""
+        return 0 if self._arguments is None else self._arguments["kv_offset"]
 
     def own_mask(self, implementation: str) -> Tensor | None:
         """The mask that transformers' own `implementation` would have been given, made once for all layers that want it."""
