@@ -10,6 +10,7 @@ transformers loads it after this import.
 
 from typing import TYPE_CHECKING, Any
 
+from hf_blocksparse import library as library  # registers the operators that torch.compile sees
 from hf_blocksparse.adapters import norm_and_embedding_options, patch_model_for_adapter
 from hf_blocksparse.attention import block_sparse_attention
 from hf_blocksparse.layouts import (

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse.capture import check_values_readable, keep_for_capture
 from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.sequences import Sequences
@@ -195,6 +196,7 @@ def _resolve_sequences(
             raise TypeError(
                 f"document_ids got dtype {document_ids.dtype}; it must be an integer type; number the documents from 0."
             )
+        check_values_readable(query.device, "document_ids")
         return Sequences.from_document_ids(document_ids.to(query.device)), None
     if key_padding_mask is not None:
         _check_is_tensor("key_padding_mask", key_padding_mask)
@@ -203,6 +205,7 @@ def _resolve_sequences(
                 f"key_padding_mask got {key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}; it must be bool of shape "
                 f"(batch, kv_len) = {(batch, kv_len)}, True where a key may be read; convert it with .bool()."
             )
+        check_values_readable(query.device, "key_padding_mask")
         key_padding_mask = key_padding_mask.to(query.device)
         resolved = Sequences.from_key_padding(key_padding_mask, query_len, query_start)
         has_holes = key_padding_mask.sum() != resolved.table[:, 5].sum()
@@ -229,9 +232,10 @@ def _version_of(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _choose(
-    impl: str, query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None
+def choose_implementation(
+    impl: str, query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool
 ) -> ModuleType:
+    """The module that runs a call with these tensors; NotImplementedError, with the reasons, where a named one cannot."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"impl got {impl!r}; it must be one of {IMPLEMENTATIONS}; 'auto' takes Triton on a GPU and torch elsewhere."
@@ -240,11 +244,11 @@ def _choose(
 
     if impl == "torch" or (impl == "auto" and query.device.type == "cpu"):
         chosen: ModuleType = torch_blocks
-        reasons = torch_blocks.unsupported(query, key, value, alibi_slopes)
+        reasons = torch_blocks.unsupported(query, key, value, slopes_need_grad)
     else:
         from hf_blocksparse.ops import triton as chosen
 
-        reasons = chosen.unsupported(query, key, value, alibi_slopes)
+        reasons = chosen.unsupported(query, key, value, slopes_need_grad)
         if reasons and impl == "auto":
             _say_once(f"block_sparse_attention runs in torch operations: {'; '.join(reasons)}.")
             return torch_blocks
@@ -377,8 +381,35 @@ def block_sparse_attention(
         NotImplementedError: the implementation asked for cannot run the call.
         RuntimeError: a mask was changed in place between forward and backward.
     """
+    is_traced = torch.compiler.is_compiling()
+    if is_traced and (sequences is not None or not _has_name(layout, block_size)):
+        from hf_blocksparse.untraced import run_outside_of_graphs
+
+        return run_outside_of_graphs(
+            block_sparse_attention,
+            query,
+            key,
+            value,
+            layout,
+            block_size=block_size,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            document_ids=document_ids,
+            sequences=sequences,
+            query_start=query_start,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            allow_empty_rows=allow_empty_rows,
+            return_lse=return_lse,
+            impl=impl,
+        )
     _check_tensors(query, key, value, enable_gqa)
-    heads, kv_len = query.shape[1], key.shape[2]
+    heads = query.shape[1]
     resolved = resolve_layout(layout, block_size)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p got {dropout_p}; it must be in [0, 1); 0.0 turns dropout off.")
@@ -393,8 +424,89 @@ def block_sparse_attention(
                 f"sinks got {sinks.dtype} of shape {tuple(sinks.shape)}; it must be floating point of shape (query_heads,) = ({heads},); "
                 "give one logit per query head."
             )
+    slopes_need_grad = False
     if alibi_slopes is not None:
         alibi_slopes = _resolve_slopes(alibi_slopes, query)
+        slopes_need_grad = alibi_slopes.requires_grad and torch.is_grad_enabled()
+    if is_traced:
+        # Registered by hf_blocksparse.library: one node in the graph, which runs what follows here.
+        out, lse = torch.ops.hf_blocksparse.attention_forward(
+            query,
+            key,
+            value,
+            sinks,
+            alibi_slopes,
+            attn_mask,
+            key_padding_mask,
+            document_ids,
+            _draw_seed(dropout_p, query.device),
+            resolved.digest,
+            query_start,
+            is_causal,
+            dropout_p,
+            scale,
+            softcap,
+            allow_empty_rows,
+            impl,
+            slopes_need_grad,
+        )
+        return (out, lse) if return_lse else out
+    chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
+    problem = make_problem(
+        query,
+        key,
+        resolved,
+        is_causal=is_causal,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        document_ids=document_ids,
+        sequences=sequences,
+        query_start=query_start,
+        dropout_p=dropout_p,
+        dropout_seed=_draw_seed(dropout_p, query.device),
+        scale=scale,
+        softcap=softcap,
+        allow_empty_rows=allow_empty_rows,
+    )
+    if torch.is_autocast_enabled(query.device.type):
+        # It would round the scores to its dtype; accumulation is in float32.
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
+    else:
+        out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
+    return (out, lse) if return_lse else out
+
+
+def _has_name(layout: object, block_size: int | None) -> bool:
+    """Whether a compiled graph can name the layout; others would have to be made, and their tensor read, while tracing."""
+    return isinstance(layout, Layout) or (isinstance(layout, str) and block_size is None)
+
+
+def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    if not dropout_p:
+        return None
+    return torch.randint(1 << 62, (), dtype=torch.int64, device=device)
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    layout: Layout,
+    *,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    sequences: Sequences | None,
+    query_start: int | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    allow_empty_rows: bool,
+) -> Problem:
+    """What an implementation is given for a call of `block_sparse_attention`, whose arguments these are."""
+    heads, kv_len = query.shape[1], key.shape[2]
     mask = None if attn_mask is None else _resolve_mask(attn_mask, query, kv_len)
     where, holes = _resolve_sequences(
         query, kv_len, query_start, key_padding_mask, document_ids, sequences
@@ -404,11 +516,10 @@ def block_sparse_attention(
         holes = holes.expand(-1, -1, query.shape[2], -1)
         # Two masks make a new tensor, which no later call can name: its index is not kept.
         mask, mask_owner = (holes, key_padding_mask) if mask is None else (mask & holes, None)
-    resolved.check(heads, where.query_end, where.key_end)
+    layout.check(heads, where.query_end, where.key_end)
     # The backward builds its index from the mask again.
     mask_owner = mask if mask_owner is None else mask_owner
     mask_version = _version_of(mask_owner)
-    chosen = _choose(impl, query, key, value, alibi_slopes)
 
     def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
         options: dict[str, Any] = dict(
@@ -418,38 +529,29 @@ def block_sparse_attention(
             tile_kv=tile_kv,
             device=query.device,
         )
-        index = get_index(resolved, where, attn_mask=None, **options)
+        index = get_index(layout, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
-            _check_rows(index, where, resolved, is_causal)
-        if mask is None:
-            return index
-        if _version_of(mask_owner) != mask_version:
-            name = "attn_mask" if mask_owner is attn_mask else "key_padding_mask"
-            raise RuntimeError(
-                f"{name} got changed in place between forward and backward; the gradients need it as it was; "
-                f"change a copy, or pass {name}.clone()."
-            )
-        return get_index(resolved, where, attn_mask=mask, mask_owner=mask_owner, **options)
+            _check_rows(index, where, layout, is_causal)
+        if mask is not None:
+            if _version_of(mask_owner) != mask_version:
+                name = "attn_mask" if mask_owner is attn_mask else "key_padding_mask"
+                raise RuntimeError(
+                    f"{name} got changed in place between forward and backward; the gradients need it as it was; "
+                    f"change a copy, or pass {name}.clone()."
+                )
+            index = get_index(layout, where, attn_mask=mask, mask_owner=mask_owner, **options)
+        keep_for_capture(query.device, index)
+        return index
 
-    seed = None
-    if dropout_p:
-        seed = torch.randint(1 << 62, (), dtype=torch.int64, device=query.device)
-    problem = Problem(
+    return Problem(
         index_for=index_for,
         sequences=where,
-        block_size=resolved.grain,
+        block_size=layout.grain,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
         softcap=softcap,
         dropout_p=dropout_p,
-        dropout_seed=seed,
+        dropout_seed=dropout_seed,
     )
-    if torch.is_autocast_enabled(query.device.type):
-        # It would round the scores to its dtype; accumulation is in float32.
-        with torch.autocast(query.device.type, enabled=False):
-            out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
-    else:
-        out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
-    return (out, lse) if return_lse else out
 
 
 def _check_rows(index: BlockIndex, where: Sequences, layout: Layout, is_causal: bool) -> None:

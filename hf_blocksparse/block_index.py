@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_blocksparse.capture import check_not_capturing, forget_captures
 from hf_blocksparse.layouts import Layout, RuleContext
 from hf_blocksparse.rules import CAUSAL, Rule, Table, TileGrid, distinct
 from hf_blocksparse.sequences import BATCH, KV_LEN, KV_POS, KV_ROW, Q_LEN, Q_POS, Q_ROW, Sequences
@@ -145,6 +146,7 @@ def _build(
     key_end: int,
     device: torch.device,
 ) -> BlockIndex:
+    check_not_capturing(device, "the block index of this layout")
     num_q, num_kv = -(-query_end // tile_q), -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []
     bank_parts: list[Tensor] = []
@@ -411,9 +413,10 @@ def cached_indices() -> tuple[BlockIndex, ...]:
 
 
 def clear_cache() -> None:
-    """Forget all cached indices and free their memory."""
+    """Forget all cached indices and free their memory. CUDA graphs captured before must not be replayed after."""
     _cache.clear()
     _cache_of_mask.clear()
+    forget_captures()
 
 
 def _round_up(length: int, tile: int) -> int:

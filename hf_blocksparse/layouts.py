@@ -14,11 +14,13 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -77,16 +79,44 @@ def check_block_size(block_size: object, owner: str) -> None:
         )
 
 
+# Equal layouts have equal digests; the first one made stands for all of them, and lives as long as any of them does.
+_layout_of_digest: WeakValueDictionary[str, Layout] = WeakValueDictionary()
+
+
 class Layout:
     """Base of all layouts. Combine with `|` (union) and `&` (intersection).
 
     Class attributes:
         kind: the name in JSON.
         since: the release that first computes it with all its fields; a checkpoint says which release it needs.
+
+    `digest` names the layout where only a string can stand, in compiled graphs: equal for equal layouts, the same in every process.
+    Subclasses that define `__post_init__` end it with `super().__post_init__()`, which computes it.
     """
 
     kind: ClassVar[str]
     since: ClassVar[str] = "0.1.0"
+    digest: str
+
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"layout got a {type(self).__name__} made inside a function that torch.compile traces; a compiled graph holds a "
+                "layout by name only; make it outside of the function."
+            )
+        values = [_named(getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        digest = hashlib.sha256(repr((self.kind, values)).encode()).hexdigest()
+        object.__setattr__(self, "digest", f"{self.kind}-{digest[:32]}")
+        first = _layout_of_digest.setdefault(self.digest, self)
+        if first is not self:
+            object.__setattr__(self, "_first", first)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_first"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        Layout.__post_init__(self)  # a copy is a layout of its own
 
     @property
     def grain(self) -> int:
@@ -182,6 +212,26 @@ class Layout:
         return picture(self, length, is_causal=is_causal, head=head, width=width)
 
 
+def _named(value: object) -> object:
+    """A field's value with digests instead of what is large or has no text of its own."""
+    if isinstance(value, Layout):
+        return value.digest
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    return tuple(map(_named, value)) if isinstance(value, tuple) else value
+
+
+def layout_from_digest(digest: str) -> Layout:
+    """The living layout of this digest. RuntimeError if there is none, as in a process that did not make it."""
+    layout = _layout_of_digest.get(digest)
+    if layout is None:
+        raise RuntimeError(
+            f"layout got the digest {digest!r}, which no living layout has; a compiled graph holds its layouts by name only; "
+            "make the layout before the graph runs, and keep it."
+        )
+    return layout
+
+
 @dataclass(frozen=True)
 class Dense(Layout):
     """Every key."""
@@ -201,6 +251,7 @@ class SlidingWindow(Layout):
 
     def __post_init__(self) -> None:
         _check_count(self, "window", 1)
+        super().__post_init__()
 
     def rule(self, context: RuleContext) -> Rule:
         return Band(1 - self.window, self.window - 1)
@@ -217,6 +268,7 @@ class SinkWindow(Layout):
     def __post_init__(self) -> None:
         _check_count(self, "sink", 1)
         _check_count(self, "window", 1)
+        super().__post_init__()
 
     def rule(self, context: RuleContext) -> Rule:
         return Columns(0, self.sink) | Band(1 - self.window, self.window - 1)
@@ -236,6 +288,7 @@ class Longformer(Layout):
     def __post_init__(self) -> None:
         _check_count(self, "window", 2)
         _check_count(self, "global_tokens", 0)
+        super().__post_init__()
 
     def rule(self, context: RuleContext) -> Rule:
         half = self.window // 2
@@ -254,6 +307,7 @@ class BlockDiagonal(Layout):
 
     def __post_init__(self) -> None:
         _check_count(self, "chunk", 1)
+        super().__post_init__()
 
     def rule(self, context: RuleContext) -> Rule:
         return Band(0, 0, unit=self.chunk)
@@ -285,6 +339,7 @@ class BigBird(Layout):
         _check_count(self, "window_blocks", 1)
         for name in ("global_blocks", "random_blocks", "seed", "layer"):
             _check_count(self, name, 0)
+        super().__post_init__()
 
     @property
     def grain(self) -> int:
@@ -350,6 +405,7 @@ class _TableLayout(Layout):
                 f"{type(self).__name__}: data got {size} bytes of bits; shape {shape} needs "
                 f"{-(-shape[0] * shape[1] * shape[2] // 8)}; build the layout with from_tensor."
             )
+        super().__post_init__()
 
     def __hash__(self) -> int:
         return self._hash
@@ -360,7 +416,7 @@ class _TableLayout(Layout):
 
     def __getstate__(self) -> dict[str, Any]:
         # Python salts hashes in each process, so the kept one must not travel.
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_hash"}
 
     def __repr__(self) -> str:
         heads, rows, cols = self.shape
@@ -511,6 +567,7 @@ class _Composite(Layout):
                     f"{type(self).__name__}: layouts got {layout!r}; every entry must be a layout of one layer; "
                     "wrap tensors with TensorLayout.from_tensor and put PerLayer outermost."
                 )
+        super().__post_init__()
 
     @property
     def grain(self) -> int:
@@ -623,6 +680,7 @@ class PerLayer(Layout):
                 f"PerLayer: layers got {[key for key, _ in items]}; a layer may be named once; drop the repeated keys."
             )
         object.__setattr__(self, "layers", items)
+        self.__post_init__()
 
     def rule(self, context: RuleContext) -> Rule:
         raise TypeError(

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_blocksparse.capture import check_not_capturing, keep_for_capture
+
 BATCH, Q_ROW, Q_LEN, Q_POS, KV_ROW, KV_LEN, KV_POS = range(7)
 
 
@@ -57,6 +59,7 @@ class Sequences:
     def _cached_items(self, of_queries: bool, tile: int) -> Tensor:
         items = self._items.get((of_queries, tile))
         if items is None:
+            check_not_capturing(self.table.device, "the list of tiles of these sequences")
             items = self._items[of_queries, tile] = self._make_items(of_queries, tile)
         return items
 
@@ -87,7 +90,9 @@ class Sequences:
         batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
     ) -> Sequences:
         """Every batch row is one sequence; its first query has position `query_start`."""
-        return _uniform(batch, query_len, kv_len, query_start, device)
+        sequences = _uniform(batch, query_len, kv_len, query_start, device)
+        keep_for_capture(device, sequences)
+        return sequences
 
     @staticmethod
     def from_key_padding(key_padding_mask: Tensor, query_len: int, query_start: int) -> Sequences:
@@ -202,6 +207,7 @@ class Sequences:
 def _uniform(
     batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
 ) -> Sequences:
+    check_not_capturing(device, "the table of sequences for these lengths")
     rows = [[b, 0, query_len, query_start, 0, kv_len, 0] for b in range(batch)]
     return Sequences(
         torch.tensor(rows, dtype=torch.int32, device=device).view(batch, 7),

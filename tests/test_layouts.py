@@ -1,6 +1,8 @@
 """Layouts mean what their definitions say, survive JSON, and refuse bad input."""
 
+import copy
 import dataclasses
+import gc
 import json
 import pickle
 import subprocess
@@ -28,6 +30,7 @@ from hf_blocksparse.layouts import (
     TensorLayout,
     Union,
     layout_from_dict,
+    layout_from_digest,
     layout_from_name,
     layout_to_mask,
     mask_to_layout,
@@ -251,6 +254,37 @@ def test_equal_tables_hash_equally_in_another_process(tmp_path):
         "assert len({stored, bs.TensorLayout.from_tensor(torch.eye(4), 16)}) == 1"
     )
     subprocess.run([sys.executable, "-c", code, str(stored)], check=True)
+
+
+@pytest.mark.parametrize("layout", make_layouts(), ids=lambda layout: layout.kind)
+def test_equal_layouts_have_one_digest_and_are_found_by_it(layout):
+    copies = [
+        layout_from_dict(layout.to_dict()),
+        copy.deepcopy(layout),
+        pickle.loads(pickle.dumps(layout)),
+    ]
+    assert {one.digest for one in copies} == {layout.digest}
+    assert layout_from_digest(layout.digest) == layout
+
+
+def test_other_layouts_have_other_digests():
+    layouts = {*make_layouts(), *PRESETS.values(), BigBird(16), BigBird(16, layer=1)}
+    layouts |= {TensorLayout.from_tensor(torch.ones(6, 6), size) for size in (16, 32)}
+    assert len({layout.digest for layout in layouts}) == len(layouts)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_digest_lives_as_long_as_any_layout_that_has_it(kept):
+    layouts = [SlidingWindow(12345), SlidingWindow(12345)]
+    layouts.append(copy.copy(layouts[1]))
+    digest = layouts[0].digest
+    layouts = [layouts[kept]]
+    gc.collect()
+    assert layout_from_digest(digest) == layouts[0]
+    layouts.clear()
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"layout got the digest '{digest}', which no living"):
+        layout_from_digest(digest)
 
 
 def test_kept_fractions_match_the_mask():

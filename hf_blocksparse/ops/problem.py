@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.sequences import Sequences
@@ -29,4 +29,12 @@ class Problem:
     scale: float
     softcap: float | None = None
     dropout_p: float = 0.0
-    dropout_seed: torch.Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+
+def empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
+    """Uninitialised, of `tensor`'s shape but for the last axis, and with heads inside or outside rows as there."""
+    batch, heads, rows, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty(batch, rows, heads, last_size).transpose(1, 2)
+    return tensor.new_empty(batch, heads, rows, last_size)

@@ -6,7 +6,7 @@ recomputes each step from query, key and LSE, and is itself made of differentiab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.philox import dropout_keep
-from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.sequences import BATCH, Q_LEN, Q_ROW, Sequences
 
 # Small enough that the scores of a step stay in a CPU's cache.
@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool = False
 ) -> list[str]:
     """Every reason why this path cannot run the call."""
     if query.dtype not in DTYPES:
@@ -228,33 +228,7 @@ class _Attention(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         problem: Problem,
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, query_len, _ = query.shape
-        group = heads // key.shape[1]
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        out = query.new_zeros(batch, heads, query_len, value.shape[-1])
-        lse = torch.full((batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device)
-        if sinks is not None:
-            for row in problem.sequences.table.tolist():
-                rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
-                lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
-        for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
-            part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
-            scores, _ = part.scores(
-                _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
-            )
-            peak = scores.amax(-1, keepdim=True)
-            base = part.rows_of(lse)[..., None]  # the sink, or -inf
-            peak = torch.maximum(peak, base).clamp(min=torch.finfo(dtype).min)
-            weights = scores.sub_(peak).exp_()
-            total = weights.sum(-1, keepdim=True) + (base - peak).exp()
-            factor = part.dropout_factor(dtype)
-            if factor is not None:
-                weights.mul_(factor)
-            result = weights @ _accumulator(part.columns_of(value))
-            result = result / torch.where(total > 0, total, 1)
-            rows = (step.batch, step.heads, step.rows)
-            out[rows] = part.as_rows(result).to(out.dtype)
-            lse[rows] = part.as_rows(peak + total.log())[..., 0]
+        out, lse = attention_forward(query, key, value, sinks, alibi_slopes, problem)
         ctx.save_for_backward(query, key, value, sinks, alibi_slopes, out, lse)
         ctx.problem = problem
         return out, lse
@@ -263,18 +237,73 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Autograd runs this in the caller's autocast state, which would round the products.
         with torch.autocast(grads[0].device.type, enabled=False):
-            return _gradients(ctx, *grads)
+            gradients = attention_backward(
+                *grads, *ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
+            )
+        return *gradients, None
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, sinks and ALiBi slopes, in differentiable operations; None for the problem."""
-    query, key, value, sinks, alibi_slopes, out, lse = ctx.saved_tensors
-    problem: Problem = ctx.problem
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor]:
+    """`attention` without gradients."""
+    batch, heads, query_len, _ = query.shape
+    group = heads // key.shape[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = empty_rows_like(query, value.shape[-1]).zero_()
+    lse = torch.full((batch, heads, query_len), float("-inf"), dtype=dtype, device=query.device)
+    if sinks is not None:
+        for row in problem.sequences.table.tolist():
+            rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
+            lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
+    for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
+        part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
+        scores, _ = part.scores(
+            _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
+        )
+        peak = scores.amax(-1, keepdim=True)
+        base = part.rows_of(lse)[..., None]  # the sink, or -inf
+        peak = torch.maximum(peak, base).clamp(min=torch.finfo(dtype).min)
+        weights = scores.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True) + (base - peak).exp()
+        factor = part.dropout_factor(dtype)
+        if factor is not None:
+            weights.mul_(factor)
+        result = weights @ _accumulator(part.columns_of(value))
+        result = result / torch.where(total > 0, total, 1)
+        place = (step.batch, step.heads, step.rows)
+        out[place] = part.as_rows(result).to(out.dtype)
+        lse[place] = part.as_rows(peak + total.log())[..., 0]
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, sinks and ALiBi slopes, in differentiable operations; all of them, whatever is `needed`."""
     heads = query.shape[1]
     group = heads // key.shape[1]
     dtype = lse.dtype
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # d(loss)/d(score) = p * (d(loss)/d(p) - delta): the gradient of LSE enters as part of delta.
-    delta = (_accumulator(grad_out) * _accumulator(out)).sum(-1) - grad_lse
+    delta = (_accumulator(grad_out) * _accumulator(out)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
     finite_lse = torch.where(torch.isinf(lse), 0, lse)
     grad_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
@@ -312,7 +341,6 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
         grad_value.to(value.dtype),
         grad_sinks,
         grad_slopes,
-        None,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.problem import Problem, empty_rows_like
 
 DTYPES = (torch.float16, torch.bfloat16)
 TILE = 128
@@ -95,7 +95,7 @@ def forward(
     """
     from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
     from hf_blocksparse.ops.hopper.work import schedule_for
-    from hf_blocksparse.ops.triton.launch import current_device, empty_rows_like, launch
+    from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
     index = problem.index_for(TILE, TILE)

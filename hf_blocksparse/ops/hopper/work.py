@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blocksparse.capture import check_not_capturing
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
 
@@ -146,6 +147,7 @@ def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_multiprocessors: int
 ) -> Schedule:
     """Lists for `num_multiprocessors`, fewer where there are fewer tiles. `index` has tiles of `TILE x TILE` and is not empty."""
+    check_not_capturing(index.bank.device, "the schedule of these sequences")
     items = sequences.q_items(TILE)
     num_items = items.shape[0]
     records = items.new_empty(num_items * heads, RECORD)

@@ -8,6 +8,7 @@ Triton is imported at the first call, not with this module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -38,7 +39,7 @@ def _has_triton() -> bool:
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool = False
 ) -> list[str]:
     """Every reason why these kernels cannot run a call; empty if they can."""
     reasons = []
@@ -60,7 +61,7 @@ def unsupported(
     for name, size in (("head_dim", query.shape[-1]), ("value_dim", value.shape[-1])):
         if size % 8 or not 16 <= size <= 256:
             reasons.append(f"{name} is {size} (needs a multiple of 8 from 16 to 256)")
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if slopes_need_grad:
         reasons.append(
             "alibi_slopes require a gradient (needs constant slopes: alibi_slopes.detach())"
         )
@@ -87,20 +88,80 @@ def attention(
     Returns:
         [batch, query_heads, query_len, value_dim] in query's dtype, and float32 [batch, query_heads, query_len].
     """
-    scale = problem.scale
-    if scale <= 0:
-        # The kernels take maxima before they scale, so the sign goes into the query.
-        query, scale = query * (-1.0 if scale < 0 else 0.0), (-scale if scale < 0 else 1.0)
-    query, key, value = (
-        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
-    )
+    query, scale = _with_positive_scale(query, problem.scale)
+    query, key, value = map(_with_unit_stride, (query, key, value))
     return _Attention.apply(query, key, value, sinks, alibi_slopes, problem, scale)
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor]:
+    """`attention` without gradients."""
+    query, scale = _with_positive_scale(query, problem.scale)
+    query, key, value = map(_with_unit_stride, (query, key, value))
+    return _run_forward(query, key, value, sinks, alibi_slopes, problem, scale)
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    """Gradients of query, key, value and sinks from what `attention_forward` was given and returned; None where not `needed`.
+
+    None for the ALiBi slopes in any case, see `unsupported`.
+    """
+    query, scale = _with_positive_scale(query, problem.scale)
+    query, key, value = map(_with_unit_stride, (query, key, value))
+    grad_query, grad_key, grad_value, grad_sinks = _launch().launch_backward(
+        grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
+        problem, scale, needed,
+    )  # fmt: skip
+    if grad_query is not None:
+        grad_query, _ = _with_positive_scale(grad_query, problem.scale)
+    return grad_query, grad_key, grad_value, grad_sinks, None
+
+
+def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take maxima before they scale, so the sign goes into the query."""
+    if scale > 0:
+        return query, scale
+    return (query * -1.0, -scale) if scale < 0 else (query * 0.0, 1.0)
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
 
 
 class _Attention(Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, alibi_slopes, problem, scale):  # type: ignore[no-untyped-def]
-        out, lse = _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
+        out, lse = _run_forward(query, key, value, sinks, alibi_slopes, problem, scale)
         ctx.save_for_backward(query, key, value, sinks, alibi_slopes, out, lse)
         ctx.problem = problem
         ctx.scale = scale

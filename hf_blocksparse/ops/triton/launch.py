@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_blocksparse.block_index import BlockIndex
-from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.backward import (
     grad_key_value_kernel,
     grad_query_kernel,
@@ -318,14 +318,6 @@ def _dropout(problem: Problem) -> Dropout | None:
     threshold = round(problem.dropout_p * 2**32)
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
     return Dropout(problem.dropout_seed, signed, 1.0 / (1.0 - problem.dropout_p))
-
-
-def empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:
-    """Uninitialised, of `tensor`'s shape but for the last axis, and with heads inside or outside rows as there."""
-    batch, heads, rows, _ = tensor.shape
-    if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty(batch, rows, heads, last_size).transpose(1, 2)
-    return tensor.new_empty(batch, heads, rows, last_size)
 
 
 def _rows(tensor: Tensor) -> StridedRows:
