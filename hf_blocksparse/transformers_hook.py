@@ -55,6 +55,8 @@ from hf_blocksparse.replacements import admit_implementation
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_masks import SequenceMask, make_mask, mask_from_tensor
 
+_TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+
 # Arguments of transformers' attention functions that do not change what attention computes.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -463,18 +465,134 @@ def _saved_implementation(config: Any) -> str | dict[str, Any] | None:
     return parts if own is None else {"": own, **parts}
 
 
+def _traceable() -> tuple[Callable, Callable]:
+    """The attention and the mask function for transformers: in a compiled graph where a trace can read the call, outside otherwise.
+
+    A mask's structure is read from closures, which a trace cannot do, and layouts cannot be made in it. What it can do is causal
+    attention over whole sequences, and calls without any mask function; padding, packed documents and windows break the graph.
+    """
+    untraced_attention = torch.compiler.disable(
+        block_sparse_attention_forward,
+        reason="block_sparse attention got a mask, a window, packed documents or a cache with tokens in it, which a trace cannot read",
+    )
+    untraced_mask = torch.compiler.disable(
+        make_mask,
+        reason="block_sparse attention got padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window "
+        "or a layer without a layout, whose mask a trace cannot read",
+    )
+
+    @functools.wraps(block_sparse_attention_forward)
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        forward: Callable = block_sparse_attention_forward
+        if torch.compiler.is_compiling():
+            is_whole = attention_mask is None and query.shape[2] == key.shape[2]
+            # Context parallelism puts a function of its own there, which the untraced function refuses.
+            has_own_sdpa = nn.functional.scaled_dot_product_attention is not _TORCH_SDPA
+            in_graph = is_whole and not has_own_sdpa and _is_plain(state_of(module), kwargs)
+            forward = _attention_in_graph if in_graph else untraced_attention
+        return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    @functools.wraps(make_mask)
+    def mask(**arguments: Any) -> Tensor | None:
+        if not torch.compiler.is_compiling():
+            return make_mask(**arguments)
+        return None if _needs_no_mask(**arguments) else untraced_mask(**arguments)
+
+    return attention, mask
+
+
+def _is_plain(state: LayerAttention | None, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask asks for nothing but a layout and causality."""
+    if state is None or state.layout is None or state.problem is not None:
+        return False
+    names = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k")
+    return not kwargs.get("output_attentions") and all(kwargs.get(name) is None for name in names)
+
+
+def _attention_in_graph(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`block_sparse_attention_forward` where `_is_plain`, without what a trace cannot follow."""
+    state = state_of(module)
+    assert state is not None
+    _refuse(state, kwargs)
+    query, key, value = _same_dtype(module, query, key, value)
+    out = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
+        query,
+        key,
+        value,
+        state.layout,
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        dropout_p=dropout,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        impl=state.impl,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _needs_no_mask(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether every attention of a model may be given None: whole sequences, nothing but causality, and a layout in each.
+
+    transformers lets masks be left out (`allow_is_causal_skip`) where the modules themselves say that they are causal.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    section = None if config is None else section_of(config)
+    return (
+        mask_function is causal_mask_function
+        and allow_is_causal_skip
+        and attention_mask is None
+        and not use_vmap
+        and not isinstance(q_offset, Tensor)
+        and q_offset == 0
+        and kv_offset == 0
+        and q_length == kv_length
+        and section is not None
+        and ALL_LAYERS in section["layouts"]
+    )
+
+
 def _register_modeling(module: ModuleType) -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     base = module.PreTrainedModel
     if IMPLEMENTATION in module.AttentionInterface._global_mapping:
         return
-    # The mask's structure is read from closures, and layouts are values: neither can be traced, so a compiled model breaks its graph
-    # at the attention call.
-    module.AttentionInterface.register(
-        IMPLEMENTATION, torch.compiler.disable(block_sparse_attention_forward)
-    )
-    AttentionMaskInterface.register(IMPLEMENTATION, torch.compiler.disable(make_mask))
+    attention, mask = _traceable()
+    module.AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
     check, post_init = base._check_and_adjust_attn_implementation, base.post_init
 
     @functools.wraps(check)

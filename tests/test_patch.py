@@ -20,6 +20,7 @@ from tiny_models import (
     run,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from transformers import (
@@ -390,6 +391,56 @@ def test_the_model_can_be_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**batch).logits, expected, **LOGITS)
+
+
+def test_a_compiled_model_is_one_graph_for_all_lengths_and_trains_as_eager():
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (20, 31, 47):
+        tokens = torch.randint(5, 50, (2, length))
+        found = []
+        for run in (model, compiled):
+            model.zero_grad()
+            logits = run(input_ids=tokens).logits
+            logits.square().mean().backward()
+            found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, **LOGITS)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(use_cache=False),
+        dict(attention_mask=torch.tensor([[1] * 30, [0] * 7 + [1] * 23])),
+        dict(position_ids=torch.arange(30).remainder(11).expand(2, -1), use_cache=False),
+    ],
+    ids=["no cache", "padding", "packed"],
+)
+def test_what_a_trace_cannot_read_breaks_the_graph_and_stays_right(call):
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    tokens = torch.randint(5, 50, (2, 30))
+    real = call.get("attention_mask", torch.ones(2, 30)).bool()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="block_sparse attention got padding"):
+        torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens, **call)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager")(input_ids=tokens, **call).logits
+    torch.testing.assert_close(found[real], model(input_ids=tokens, **call).logits[real], **LOGITS)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_compiled_model_keeps_the_causality_of_every_layer(is_causal):
+    model = make_model("llama", "eager")
+    model.config.is_causal = is_causal
+    patch_model(model, {1: SinkWindow(2, 5)} if is_causal else SinkWindow(2, 5))
+    tokens = torch.randint(5, 50, (2, 30))
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager")(input_ids=tokens).logits
+    torch.testing.assert_close(found, model(input_ids=tokens).logits, **LOGITS)
 
 
 def test_patching_says_what_it_did(caplog):
