@@ -514,8 +514,10 @@ def _is_plain(state: LayerAttention | None, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call without a mask asks for nothing but a layout and causality."""
     if state is None or state.layout is None or state.problem is not None:
         return False
+    if kwargs.get("output_attentions") or _weights_are_collected():
+        return False
     names = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k")
-    return not kwargs.get("output_attentions") and all(kwargs.get(name) is None for name in names)
+    return all(kwargs.get(name) is None for name in names)
 
 
 def _attention_in_graph(
@@ -529,14 +531,16 @@ def _attention_in_graph(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """`block_sparse_attention_forward` where `_is_plain`, without what a trace cannot follow."""
     state = state_of(module)
     assert state is not None
     _refuse(state, kwargs)
     query, key, value = _same_dtype(module, query, key, value)
-    out = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
+    out, lse = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
         query,
         key,
         value,
@@ -546,9 +550,11 @@ def _attention_in_graph(
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
         impl=state.impl,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), lse if return_lse else None
 
 
 def _needs_no_mask(
