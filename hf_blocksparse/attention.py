@@ -376,10 +376,13 @@ def block_sparse_attention(
         (batch, query_heads, query_len, value_dim) in query's dtype, accumulated in float32; with `return_lse` also the LSE. Gradients
         flow to query, key, value, sinks, and back from the LSE; to alibi_slopes, and second derivatives, with impl="torch" only.
 
+    Under torch.compile the call is one operator of the graph, and lengths are dynamic. Layouts must be made outside of the compiled
+    function; layout tensors and `sequences` break the graph; an index of `attn_mask` is built in each call, forward and backward.
+
     Raises:
         ValueError, TypeError: an argument is wrong; the message says which, why and what to do.
         NotImplementedError: the implementation asked for cannot run the call.
-        RuntimeError: a mask was changed in place between forward and backward.
+        RuntimeError: a mask was changed in place between forward and backward, or a CUDA graph is being captured and an index not cached.
     """
     is_traced = torch.compiler.is_compiling()
     if is_traced and (sequences is not None or not _has_name(layout, block_size)):
