@@ -494,10 +494,11 @@ def _traceable() -> tuple[Callable, Callable]:
     ) -> tuple[Tensor, Tensor | None]:
         forward: Callable = block_sparse_attention_forward
         if torch.compiler.is_compiling():
-            is_whole = attention_mask is None and query.shape[2] == key.shape[2]
+            is_whole = query.shape[2] == key.shape[2] and kept_keys(key) is None
             # Context parallelism puts a function of its own there, which the untraced function refuses.
             has_own_sdpa = nn.functional.scaled_dot_product_attention is not _TORCH_SDPA
-            in_graph = is_whole and not has_own_sdpa and _is_plain(state_of(module), kwargs)
+            is_plain = attention_mask is None and _is_plain(state_of(module), kwargs)
+            in_graph = is_plain and is_whole and not has_own_sdpa
             forward = _attention_in_graph if in_graph else untraced_attention
         return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 

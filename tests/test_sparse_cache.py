@@ -364,6 +364,20 @@ def test_layouts_and_padding_must_stay_as_they_were():
         model(tokens[:, :1], past_key_values=cache)
 
 
+def test_a_compiled_model_reads_it_outside_of_its_graphs():
+    model = sparse_model()
+    tokens = make_batch(40)["input_ids"][:1]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    found, expected = [], []
+    with torch.no_grad():
+        for one, logits in ((compiled, found), (model, expected)):
+            cache = SparseCache(model)
+            for part in tokens.split([30, 9, 1], 1):
+                logits.append(one(input_ids=part, past_key_values=cache).logits)
+    torch.testing.assert_close(found, expected, **LOGITS)
+
+
 def test_a_cache_serves_its_own_model_alone():
     model = sparse_model()
     cache, tokens = prefilled(model)
