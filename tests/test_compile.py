@@ -127,33 +127,6 @@ def test_tensors_beside_the_operands_are_arguments_of_the_operator(options_of):
     check_same_as_eager(LAYOUT, "aot_eager", options_of, is_causal=True)
 
 
-@pytest.mark.slow
-def test_a_mask_made_in_the_graph_is_never_mistaken_for_another():
-    # Compiled code may keep two masks in one buffer, one after the other.
-    def function(query, key, value, shift):
-        place = torch.arange(query.shape[2])
-        out = value.new_zeros(())
-        for step in (3, 5):
-            mask = (place[:, None] + place + shift) % step > 0
-            out = out + bs.block_sparse_attention(
-                query, key, value, LAYOUT, attn_mask=mask, impl="torch"
-            )
-        return out
-
-    compiled = torch.compile(function, fullgraph=True, backend="inductor")
-    leaves = tensors(96)
-    for shift in (0, 1, 2):
-        expected = function(*leaves, torch.tensor(shift))
-        found = compiled(*leaves, torch.tensor(shift))
-        torch.testing.assert_close(found, expected)
-        for one, other in zip(
-            torch.autograd.grad(found.sum(), leaves),
-            torch.autograd.grad(expected.sum(), leaves),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, other)
-
-
 def test_each_layout_has_a_graph_of_its_own_and_equal_ones_share_it():
     def function(query, key, value, layout):
         return bs.block_sparse_attention(query, key, value, layout, is_causal=True, impl="torch")
@@ -264,6 +237,22 @@ def test_the_operator_keeps_torchs_contract(changes):
     torch.library.opcheck(
         torch.ops.hf_blocksparse.attention_forward.default, operator_arguments(**changes)
     )
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_a_buffer_with_a_new_mask_is_not_taken_for_the_old_one(name):
+    # Inductor's kernels write into buffers that it uses again without counting their version, as writing through `.data` does.
+    options_of = {"attn_mask": masked, "key_padding_mask": padded_with_holes}[name]
+    first = options_of(70)[name]
+    second = first.roll(7, -1)
+    buffer = first.clone()
+    forward = torch.ops.hf_blocksparse.attention_forward
+    with torch.no_grad():
+        forward(*operator_arguments(**{name: buffer}))
+        buffer.data.copy_(second)
+        out, _ = forward(*operator_arguments(**{name: buffer}))
+        expected, _ = forward(*operator_arguments(**{name: second}))
+    torch.testing.assert_close(out, expected)
 
 
 def test_an_unknown_layout_is_named():
