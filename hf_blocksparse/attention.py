@@ -370,7 +370,8 @@ def block_sparse_attention(
         allow_empty_rows: accept a layout that leaves queries without a key: output 0, LSE -inf, zero gradients. Padding and
             `attn_mask` may always do that.
         return_lse: also return the log-sum-exp of each row's kept scores, float32 (batch, query_heads, query_len), natural logarithm.
-        impl: "triton", "torch" or "auto" (Triton on a GPU, torch elsewhere). A named one never falls back.
+        impl: "triton", "torch" or "auto" (Triton on a GPU, on Hopper its own kernels where they can run the call; torch elsewhere).
+            A named one never falls back; "triton" are the portable kernels on any GPU.
 
     Returns:
         (batch, query_heads, query_len, value_dim) in query's dtype, accumulated in float32; with `return_lse` also the LSE. Gradients
@@ -470,6 +471,7 @@ def block_sparse_attention(
         scale=scale,
         softcap=softcap,
         allow_empty_rows=allow_empty_rows,
+        portable=impl != "auto",
     )
     if torch.is_autocast_enabled(query.device.type):
         # It would round the scores to its dtype; accumulation is in float32.
@@ -507,6 +509,7 @@ def make_problem(
     scale: float | None,
     softcap: float | None,
     allow_empty_rows: bool,
+    portable: bool,
 ) -> Problem:
     """What an implementation is given for a call of `block_sparse_attention`, whose arguments these are."""
     heads, kv_len = query.shape[1], key.shape[2]
@@ -554,6 +557,7 @@ def make_problem(
         softcap=softcap,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
+        portable=portable,
     )
 
 

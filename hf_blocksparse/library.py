@@ -59,6 +59,7 @@ def _problem_of(
     scale: float | None,
     softcap: float | None,
     allow_empty_rows: bool,
+    impl: str,
 ) -> Problem:
     # Compiled code writes new values into old buffers without counting versions, so an index of a mask is not found again by the tensor.
     return make_problem(
@@ -76,6 +77,7 @@ def _problem_of(
         scale=scale,
         softcap=softcap,
         allow_empty_rows=allow_empty_rows,
+        portable=impl != "auto",
     )
 
 
@@ -95,7 +97,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     *options_of_problem, impl, slopes_need_grad = options
     chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    problem = _problem_of(query, key, *options_of_problem)
+    problem = _problem_of(query, key, *options_of_problem, impl)
     with torch.autocast(query.device.type, enabled=False):
         out, lse = chosen.attention_forward(query, key, value, sinks, alibi_slopes, problem)
     return _in_order_of(out, query), lse
@@ -127,7 +129,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *options_of_problem, impl, slopes_need_grad, needed = options
     chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    problem = _problem_of(query, key, *options_of_problem)
+    problem = _problem_of(query, key, *options_of_problem, impl)
     with torch.autocast(query.device.type, enabled=False):
         gradients = chosen.attention_backward(
             grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse, problem, needed

@@ -15,11 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_blocksparse.ops.triton.backward import (
-    grad_key_value_kernel,
-    grad_query_kernel,
-    row_terms_kernel,
-)
+from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -154,6 +150,11 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     arguments["log2_sums"] = arguments["deltas"] = row_values()
     arguments["scale"] = FLOAT
     if name == "grad_query":
+        arguments["out"] = rows(case, case.dtype)
+        arguments["lse"] = lse
+        arguments["grad_lse"] = (
+            row_values() if case.features else StridedRows(none, (Constant(0),) * 3)
+        )
         arguments["grad_query"] = rows(case, case.dtype)
     else:
         arguments["grad_key"] = rows(case, case.dtype)
@@ -187,30 +188,10 @@ def compile_kernel(
     )
 
 
-def compile_row_terms(target: GPUTarget) -> Any:
-    case = Case("bf16", 80, 128)
-    narrow = row_values()
-    arguments = {
-        "out": rows(case, "bf16"),
-        "grad_out": rows(case, "bf16"),
-        "lse": narrow,
-        "grad_lse": narrow,
-        "log2_sums": narrow,
-        "deltas": narrow,
-        "num_rows": INT,
-        "VALUE_DIM": Constant(80),
-        "VALUE_DIM_PADDED": Constant(128),
-        "TILE": Constant(64),
-    }
-    return compile_kernel(row_terms_kernel, arguments, target, {"enable_fp_fusion": True})
-
-
 def main(name: str) -> None:
     target = TARGETS[name]
     has_descriptors = target.backend == "cuda" and target.arch >= 90
     capability = target.arch if target.backend == "cuda" else 0
-    compiled = compile_row_terms(target)
-    print(json.dumps({"kernel": "row_terms", "shared": compiled.metadata.shared}), flush=True)
     for case in CASES:
         for kernel_name, kernel in KERNELS.items():
             sizes = tile_sizes(

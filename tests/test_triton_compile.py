@@ -41,7 +41,6 @@ def test_kernels_compile_and_fit(compilations, target):
     assert done.returncode == 0, done.stderr[-4000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert {record["kernel"] for record in records} == {
-        "row_terms",
         "forward",
         "grad_query",
         "grad_key_value",

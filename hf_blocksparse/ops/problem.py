@@ -21,6 +21,7 @@ class Problem:
         softcap: scores become `softcap * tanh(score / softcap)`; None for none.
         dropout_p: probability of dropping a coefficient.
         dropout_seed: int64 scalar tensor on the tensors' device, None without dropout.
+        portable: only kernels that run on every GPU may be chosen.
     """
 
     index_for: Callable[[int, int], BlockIndex]
@@ -30,6 +31,7 @@ class Problem:
     softcap: float | None = None
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    portable: bool = False
 
 
 def empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:

@@ -1,8 +1,5 @@
 """Block-sparse attention on Hopper: kernels in Gluon for compute capability 9.0, where a call's dtype, sizes and strides suit them.
 
-No call chooses them yet: on an H200 only the smallest cases have been seen to be right, tests/test_hopper_kernels.py has not been run
-there as a whole, and no speed is known.
-
 Beside `ops/triton`, whose kernels are the portable ones and the judge of these: same index, same sequences, same results. What is not
 here - softcap, sinks, ALiBi, dropout, float32, values of another size than the queries, head sizes above 128, tensors the TMA cannot
 address - is theirs.
@@ -40,6 +37,24 @@ def _tma_strides(tensor: Tensor) -> tuple[int, ...] | None:
         return None
     return descriptor_strides(
         "cuda", 90, tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    )
+
+
+def takes_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+) -> bool:
+    """Whether a call that `ops/triton` can run is better run by `forward`."""
+    # Smaller blocks would fill the tiles of their unions badly.
+    suits_tiles = problem.block_size == 1 or problem.block_size % TILE == 0
+    return (
+        suits_tiles
+        and not problem.portable
+        and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
     )
 
 

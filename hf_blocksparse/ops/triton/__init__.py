@@ -1,4 +1,6 @@
-"""Block-sparse attention in portable Triton: the implementation `impl="triton"`.
+"""Block-sparse attention in portable Triton: the implementation `impl="triton"`, and with `impl="auto"` that of a GPU.
+
+With "auto" the kernels in `ops/hopper` take what they can on compute capability 9.0; these take everything else.
 
 One program computes one tile of one head and walks the tiles its list names: query tiles in the forward kernel and for
 dQ, key tiles for dK and dV. Nothing is added atomically, so results are bitwise reproducible.
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
@@ -155,6 +158,8 @@ def _run_forward(
     problem: Problem,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if hopper.takes_forward(query, key, value, sinks, alibi_slopes, problem):
+        return hopper.forward(query, key, value, problem, scale)
     return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
 
 

@@ -1,4 +1,4 @@
-"""Backward kernels: per-row terms, then dQ by rows and dK/dV by columns, both without atomics.
+"""Backward kernels: dQ and the per-row terms by rows, then dK/dV by columns, both without atomics.
 
 Scores are in units of log2 (see `tiles`). With probabilities recomputed from the log-sum-exp, `keep` and `c` the mask
 and the factor of dropout, and `slope = 1 - tanh^2` with a softcap, 1 without ("FlashAttention-2", arXiv 2307.08691,
@@ -38,45 +38,12 @@ from hf_blocksparse.ops.triton.tiles import (
 
 
 @triton.jit
-def row_terms_kernel(
-    out,
-    grad_out,
-    lse,
-    grad_lse,
-    log2_sums,
-    deltas,
-    num_rows,
-    VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Grid: (row tiles, query heads, batch). `log2_sums` = log2(e) * lse, +inf for rows without keys; `deltas`.
-
-    With `p = 2^(s - inf) = 0` such rows contribute nothing anywhere. The pointer of `grad_lse` may be None.
-    """
-    first_row = tl.program_id(0) * TILE
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    rows = first_row + tl.arange(0, TILE)
-    exists = rows < num_rows
-    out_tile = load_rows_between(
-        out, batch, head, first_row, 0, num_rows, TILE, VALUE_DIM, VALUE_DIM_PADDED
-    )
-    grad_tile = load_rows_between(
-        grad_out, batch, head, first_row, 0, num_rows, TILE, VALUE_DIM, VALUE_DIM_PADDED
-    )
-    row_lse = tl.load(row_pointers(lse, batch, head) + rows, mask=exists, other=0.0)
-    delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-    if grad_lse.pointer is not None:
-        delta -= tl.load(
-            row_pointers(grad_lse, batch, head) + rows.to(tl.int64) * grad_lse.strides[2],
-            mask=exists,
-            other=0.0,
-        )
-    empty = row_lse == float("-inf")
-    log2_sum = tl.where(empty, float("inf"), row_lse * 1.4426950408889634)
-    tl.store(row_pointers(log2_sums, batch, head) + rows, log2_sum, mask=exists)
-    tl.store(row_pointers(deltas, batch, head) + rows, tl.where(empty, 0.0, delta), mask=exists)
+def row_terms(out_tile, grad_out_tile, row_lse, row_grad_lse):
+    """`log2(e) * lse` and `delta` of each row. Rows without keys get +inf and 0: with `p = 2^(s - inf) = 0` they add nothing anywhere."""
+    delta = tl.sum(out_tile.to(tl.float32) * grad_out_tile.to(tl.float32), 1) - row_grad_lse
+    is_empty = row_lse == float("-inf")
+    log2_sum = tl.where(is_empty, float("inf"), row_lse * 1.4426950408889634)
+    return log2_sum, tl.where(is_empty, 0.0, delta)
 
 
 @triton.jit
@@ -129,7 +96,10 @@ def grad_query_kernel(
     query,
     key,
     value,
+    out,
     grad_out,
+    lse,
+    grad_lse,
     log2_sums,
     deltas,
     key_descriptor,
@@ -152,9 +122,9 @@ def grad_query_kernel(
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Grid: (items, query heads). Writes the rows of `grad_query` that the item's sequence owns.
+    """Grid: (items, query heads). Writes the rows of `grad_query`, `log2_sums` and `deltas` that the item's sequence owns.
 
-    Arguments as in `forward_kernel`; `scale` is the factor of the scores in natural units.
+    Arguments as in `forward_kernel`; `scale` is the factor of the scores in natural units, the pointer of `grad_lse` may be None.
     """
     item = items + tl.program_id(0) * 2
     head = tl.program_id(1)
@@ -183,10 +153,17 @@ def grad_query_kernel(
         grad_out, batch, head, first_query_row, q_row, q_row + q_len,
         TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
     )  # fmt: skip
-    log2_sum = tl.load(
-        row_pointers(log2_sums, batch, head) + query_rows, mask=owned, other=float("inf")
+    out_tile = load_rows_between(
+        out, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
     )
-    delta = tl.load(row_pointers(deltas, batch, head) + query_rows, mask=owned, other=0.0)
+    row_lse = tl.load(row_pointers(lse, batch, head) + query_rows, mask=owned, other=float("-inf"))
+    row_grad_lse = tl.zeros([TILE_Q], tl.float32)
+    if grad_lse.pointer is not None:
+        places = query_rows.to(tl.int64) * grad_lse.strides[2]
+        row_grad_lse = tl.load(row_pointers(grad_lse, batch, head) + places, mask=owned, other=0.0)
+    log2_sum, delta = row_terms(out_tile, grad_out_tile, row_lse, row_grad_lse)
+    tl.store(row_pointers(log2_sums, batch, head) + query_rows, log2_sum, mask=owned)
+    tl.store(row_pointers(deltas, batch, head) + query_rows, delta, mask=owned)
     accumulator = tl.zeros([TILE_Q, HEAD_DIM_PADDED], tl.float32)
 
     full_first, full_last, full_start, full_stop = clip_entries(

@@ -17,11 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
-from hf_blocksparse.ops.triton.backward import (
-    grad_key_value_kernel,
-    grad_query_kernel,
-    row_terms_kernel,
-)
+from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -30,7 +26,6 @@ IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly."""
 
 LOG2_E = 1.4426950408889634
-ROW_TERMS_TILE = 64
 REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
@@ -101,8 +96,7 @@ def launch_backward(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value and sinks; None where `needed` (one flag each) says so."""
-    batch, heads, query_len, _ = query.shape
-    kv_heads = key.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[1]
     sequences = problem.sequences
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -114,59 +108,45 @@ def launch_backward(
     dropout = _dropout(problem)
     query_rows, key_rows, value_rows, grad_out_rows = map(_rows, (query, key, value, grad_out))
     log2_sum_rows, delta_rows = _rows(log2_sums), _rows(deltas)
-    grad_query = grad_key = grad_value = grad_sinks = None
+    grad_key = grad_value = grad_sinks = None
     with current_device(query.device):
+        # Also where the query needs no gradient: the kernel makes the row terms, which all the others need.
+        sizes = _sizes(query, value, problem, "grad_query")
+        items = sequences.q_items(sizes.tile_q)
+        grad_query = empty_rows_like(query, query.shape[-1])
+        if not sequences.covers_queries:
+            grad_query.zero_()
+            log2_sums.fill_(float("inf"))
+            deltas.zero_()
         launch(
-            row_terms_kernel,
-            (-(-query_len // ROW_TERMS_TILE), heads, batch),
+            grad_query_kernel,
+            (items.shape[0], heads, 1),
             (
+                query_rows,
+                key_rows,
+                value_rows,
                 _rows(out),
                 grad_out_rows,
                 _rows(lse),
                 _NO_ROWS if grad_lse is None else _rows(grad_lse),
                 log2_sum_rows,
                 delta_rows,
-                query_len,
+                _descriptor(key, sizes.tile_kv),
+                _descriptor(value, sizes.tile_kv),
+                _rows(grad_query),
+                items,
+                sequences.table,
+                tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
+                scale,
+                score_scale,
+                softcap_scale,
+                slopes,
+                dropout,
+                heads // kv_heads,
             ),
-            dict(
-                VALUE_DIM=value.shape[-1],
-                VALUE_DIM_PADDED=_padded(value.shape[-1]),
-                TILE=ROW_TERMS_TILE,
-            ),
-            {},
+            _constants(query, value, sizes),
+            _options(sizes),
         )
-        if needed[0]:
-            sizes = _sizes(query, value, problem, "grad_query")
-            items = sequences.q_items(sizes.tile_q)
-            grad_query = empty_rows_like(query, query.shape[-1])
-            if not sequences.covers_queries:
-                grad_query.zero_()
-            launch(
-                grad_query_kernel,
-                (items.shape[0], heads, 1),
-                (
-                    query_rows,
-                    key_rows,
-                    value_rows,
-                    grad_out_rows,
-                    log2_sum_rows,
-                    delta_rows,
-                    _descriptor(key, sizes.tile_kv),
-                    _descriptor(value, sizes.tile_kv),
-                    _rows(grad_query),
-                    items,
-                    sequences.table,
-                    tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
-                    scale,
-                    score_scale,
-                    softcap_scale,
-                    slopes,
-                    dropout,
-                    heads // kv_heads,
-                ),
-                _constants(query, value, sizes),
-                _options(sizes),
-            )
         if needed[1] or needed[2]:
             sizes = _sizes(query, value, problem, "grad_key_value")
             items = sequences.kv_items(sizes.tile_kv)
@@ -206,7 +186,7 @@ def launch_backward(
         # p of the sink itself is exp(sink - lse), and its value is 0. Rows of no sequence have +inf here.
         sink_share = torch.exp2(sinks.detach().float()[:, None] * LOG2_E - log2_sums)
         grad_sinks = -(sink_share * deltas).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
-    return grad_query, grad_key, grad_value, grad_sinks
+    return grad_query if needed[0] else None, grad_key, grad_value, grad_sinks
 
 
 def launch(
