@@ -16,9 +16,10 @@ TFLOP/s are *useful* ones: 4 * head_dim operations per kept coefficient forward,
 baselines, which compute more than that. `benchmark_results.py` says what each number is. Results are written after every case, and
 `--resume` goes on where a run was cut off. `scripts/plot.py` draws a record.
 
-`ours_window` is ours on a block-exact window with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head
-for each query head (what GQA costs). On a CPU it is a causal sliding window of 10 % density beside dense SDPA, each in a process of its
-own, and three of each. Every run begins with building the index of BigBird at up to 1,048,576 tokens.
+`ours_portable` is ours with the kernels for any GPU (where `ours` may take those for Hopper), `ours_window` ours on a block-exact window
+with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs). On a CPU
+it is a causal sliding window of 10 % density beside dense SDPA, each in a process of its own, and three of each. Every run begins with
+building the index of BigBird at up to 1,048,576 tokens.
 """
 
 import argparse

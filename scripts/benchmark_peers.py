@@ -124,9 +124,9 @@ def position_mask(case: Case, layout: Layout, tile: int, device: torch.device) -
     return lambda b, h, q, kv: (q >= kv) & (q - kv <= before)
 
 
-def ours(case: Case, device: torch.device, layout: Layout) -> Implementation:
-    implementation = "torch" if device.type == "cpu" else "triton"
-
+def ours(
+    case: Case, device: torch.device, layout: Layout, implementation: str = "auto"
+) -> Implementation:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return block_sparse_attention(
             query, key, value, layout, is_causal=case.is_causal, impl=implementation
@@ -264,11 +264,13 @@ def flash_attention_4(case: Case, device: torch.device, *, kind: str) -> Impleme
 def make_implementation(name: str, case: Case, device: torch.device) -> Implementation:
     """An implementation by its name in `benchmark_cases.IMPLEMENTATIONS`; what it cannot do raises, here or when called.
 
-    `ours_mha` is ours with a key head for every query head (the caller changes the case), `ours_window` ours on a window with as many
-    tiles per row as the case's layout.
+    `ours_portable` is ours with the kernels for any GPU, `ours_mha` ours with a key head for every query head (the caller changes the
+    case), `ours_window` ours on a window with as many tiles per row as the case's layout.
     """
     if name in ("ours", "ours_mha"):
         return ours(case, device, make_layout(case))
+    if name == "ours_portable":
+        return ours(case, device, make_layout(case), "triton")
     if name == "ours_window":
         return ours(case, device, window_of_equal_tiles(case))
     if name in ("flex", "flex_autotune"):
