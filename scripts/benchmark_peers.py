@@ -157,7 +157,7 @@ def flex_block_mask(case: Case, layout: Layout, device: torch.device):
     Its blocks are as large as ours, at least 64. Indices are as wide as FlexAttention makes them, so that compiled (and autotuned)
     kernels serve every layout of a shape.
     """
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
     tile = flex_tile(case)
     index = exact_index(case, layout, tile, device)
@@ -174,7 +174,7 @@ def flex_block_mask(case: Case, layout: Layout, device: torch.device):
         full_q_num_blocks=columns.full_counts,
         full_q_indices=columns.full_indices,
         BLOCK_SIZE=(tile, tile),
-        **({} if mask is None else {"mask_mod": mask}),
+        mask_mod=noop_mask if mask is None else mask,
     )
 
 
