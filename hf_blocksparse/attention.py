@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, Literal, overload
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.capture import check_values_readable, keep_for_capture
 from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
-from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.problem import Problem, TensorSpec
 from hf_blocksparse.sequences import Sequences
 
 Implementation = Literal["auto", "triton", "torch"]
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+REMEMBERED_CALLS = 128
 
 # A tensor given as layout again and again is packed once, for as long as it lives and does not change.
 _layout_of_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -57,6 +60,11 @@ def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None)
     )
 
 
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    _check_is_tensor(name, tensor)
+    return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
+
+
 def _check_is_tensor(name: str, value: object, device: torch.device | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -68,14 +76,13 @@ def _check_is_tensor(name: str, value: object, device: torch.device | None = Non
         )
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def _check_tensors(query: TensorSpec, key: TensorSpec, value: TensorSpec, enable_gqa: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_is_tensor(name, tensor)
-        if tensor.is_meta:
+        if tensor.device.type == "meta":
             raise NotImplementedError(
                 f"{name} is on the meta device; attention needs numbers; move it to a CPU or a GPU."
             )
-        if tensor.dim() != 4:
+        if len(tensor.shape) != 4:
             raise ValueError(
                 f"{name} got shape {tuple(tensor.shape)}; it must be (batch, heads, length, head_dim); reshape it."
             )
@@ -93,7 +100,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
                 f"{name} got {tensor.dtype} on {tensor.device}; query is {query.dtype} on {query.device} and all three must agree; "
                 "convert with .to(query)."
             )
-        if not tensor.numel():
+        if 0 in tensor.shape:
             raise ValueError(
                 f"{name} got shape {tuple(tensor.shape)}; no axis may be empty; skip the call for empty batches."
             )
@@ -114,7 +121,39 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
         )
 
 
-def _resolve_mask(attn_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
+def _check_call(
+    query: TensorSpec,
+    key: TensorSpec,
+    value: TensorSpec,
+    sinks: TensorSpec | None,
+    *,
+    enable_gqa: bool,
+    dropout_p: float,
+    scale: float | None,
+    softcap: float | None,
+) -> None:
+    """Everything that can be said against a call without its masks, sequences and layout."""
+    _check_tensors(query, key, value, enable_gqa)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p got {dropout_p}; it must be in [0, 1); 0.0 turns dropout off.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap got {softcap}; it must be positive; None turns it off.")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale got {scale}; it must be finite; None means head_dim ** -0.5.")
+    if sinks is not None:
+        heads = query.shape[1]
+        if sinks.device != query.device:
+            raise ValueError(
+                f"sinks is on {sinks.device}; it must be on the device of query, {query.device}; move it with .to(query.device)."
+            )
+        if tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point:
+            raise ValueError(
+                f"sinks got {sinks.dtype} of shape {tuple(sinks.shape)}; it must be floating point of shape (query_heads,) = ({heads},); "
+                "give one logit per query head."
+            )
+
+
+def _resolve_mask(attn_mask: Tensor, query: TensorSpec, kv_len: int) -> Tensor:
     """A view of the caller's mask with four axes."""
     _check_is_tensor("attn_mask", attn_mask, query.device)
     if attn_mask.dtype != torch.bool:
@@ -148,7 +187,7 @@ def _resolve_slopes(alibi_slopes: Tensor, query: Tensor) -> Tensor:
 
 
 def _resolve_sequences(
-    query: Tensor,
+    query: TensorSpec,
     kv_len: int,
     query_start: int | None,
     key_padding_mask: Tensor | None,
@@ -214,7 +253,7 @@ def _resolve_sequences(
     return Sequences.uniform(batch, query_len, kv_len, query_start, query.device), None
 
 
-def _check_sequences(sequences: Sequences, query: Tensor, kv_len: int) -> None:
+def _check_sequences(sequences: Sequences, query: TensorSpec, kv_len: int) -> None:
     if not isinstance(sequences, Sequences):
         raise TypeError(
             f"sequences got {type(sequences).__name__}; it must be a Sequences; make one with Sequences.from_document_ids."
@@ -233,9 +272,9 @@ def _version_of(tensor: Tensor | None) -> int | None:
 
 
 def choose_implementation(
-    impl: str, query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool
+    impl: str, query: TensorSpec, key: TensorSpec, value: TensorSpec, slopes_need_grad: bool
 ) -> ModuleType:
-    """The module that runs a call with these tensors; NotImplementedError, with the reasons, where a named one cannot."""
+    """The module that runs a call with such tensors; NotImplementedError, with the reasons, where a named one cannot."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"impl got {impl!r}; it must be one of {IMPLEMENTATIONS}; 'auto' takes Triton on a GPU and torch elsewhere."
@@ -412,27 +451,22 @@ def block_sparse_attention(
             return_lse=return_lse,
             impl=impl,
         )
-    _check_tensors(query, key, value, enable_gqa)
-    heads = query.shape[1]
+    specs = (
+        spec_of("query", query),
+        spec_of("key", key),
+        spec_of("value", value),
+        None if sinks is None else spec_of("sinks", sinks),
+    )
+    options: dict[str, Any] = dict(
+        enable_gqa=enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap
+    )
     resolved = resolve_layout(layout, block_size)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p got {dropout_p}; it must be in [0, 1); 0.0 turns dropout off.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap got {softcap}; it must be positive; None turns it off.")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale got {scale}; it must be finite; None means head_dim ** -0.5.")
-    if sinks is not None:
-        _check_is_tensor("sinks", sinks, query.device)
-        if tuple(sinks.shape) != (heads,) or not sinks.dtype.is_floating_point:
-            raise ValueError(
-                f"sinks got {sinks.dtype} of shape {tuple(sinks.shape)}; it must be floating point of shape (query_heads,) = ({heads},); "
-                "give one logit per query head."
-            )
     slopes_need_grad = False
     if alibi_slopes is not None:
         alibi_slopes = _resolve_slopes(alibi_slopes, query)
         slopes_need_grad = alibi_slopes.requires_grad and torch.is_grad_enabled()
     if is_traced:
+        _check_call(*specs, **options)
         # Registered by hf_blocksparse.library: one node in the graph, which runs what follows here.
         out, lse = torch.ops.hf_blocksparse.attention_forward(
             query,
@@ -455,10 +489,8 @@ def block_sparse_attention(
             slopes_need_grad,
         )
         return (out, lse) if return_lse else out
-    chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    problem = make_problem(
-        query,
-        key,
+    chosen, problem = prepare(
+        *specs,
         resolved,
         is_causal=is_causal,
         attn_mask=attn_mask,
@@ -466,12 +498,11 @@ def block_sparse_attention(
         document_ids=document_ids,
         sequences=sequences,
         query_start=query_start,
-        dropout_p=dropout_p,
         dropout_seed=_draw_seed(dropout_p, query.device),
-        scale=scale,
-        softcap=softcap,
         allow_empty_rows=allow_empty_rows,
-        portable=impl != "auto",
+        impl=impl,
+        slopes_need_grad=slopes_need_grad,
+        **options,
     )
     if torch.is_autocast_enabled(query.device.type):
         # It would round the scores to its dtype; accumulation is in float32.
@@ -493,9 +524,54 @@ def _draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(1 << 62, (), dtype=torch.int64, device=device)
 
 
+def prepare(
+    query: TensorSpec,
+    key: TensorSpec,
+    value: TensorSpec,
+    sinks: TensorSpec | None,
+    layout: Layout,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    **options: Any,
+) -> tuple[ModuleType, Problem]:
+    """The implementation of a call of `block_sparse_attention` and what it is given, after all checks."""
+    scale = None if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    options = dict(scale=scale, softcap=softcap, **options)
+    tensors = ("attn_mask", "key_padding_mask", "document_ids", "dropout_seed")
+    if any(options[name] is not None for name in tensors):
+        return _prepare(query, key, value, sinks, layout, **options)
+    chosen, problem = _prepare_known(query, key, value, sinks, layout, **options)
+    keep_for_capture(query.device, problem.sequences)
+    return chosen, problem
+
+
+def _prepare(
+    query: TensorSpec,
+    key: TensorSpec,
+    value: TensorSpec,
+    sinks: TensorSpec | None,
+    layout: Layout,
+    *,
+    enable_gqa: bool,
+    impl: str,
+    slopes_need_grad: bool,
+    **options: Any,
+) -> tuple[ModuleType, Problem]:
+    factors = {name: options[name] for name in ("dropout_p", "scale", "softcap")}
+    _check_call(query, key, value, sinks, enable_gqa=enable_gqa, **factors)
+    chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
+    return chosen, make_problem(query, key, layout, portable=impl != "auto", **options)
+
+
+# Where nothing but the operands is a tensor: checks in Python take longer than a short attention.
+_prepare_known = lru_cache(maxsize=REMEMBERED_CALLS)(_prepare)
+
+
 def make_problem(
-    query: Tensor,
-    key: Tensor,
+    query: TensorSpec,
+    key: TensorSpec,
     layout: Layout,
     *,
     is_causal: bool,
@@ -512,7 +588,7 @@ def make_problem(
     portable: bool,
 ) -> Problem:
     """What an implementation is given for a call of `block_sparse_attention`, whose arguments these are."""
-    heads, kv_len = query.shape[1], key.shape[2]
+    device, heads, kv_len = query.device, query.shape[1], key.shape[2]
     mask = None if attn_mask is None else _resolve_mask(attn_mask, query, kv_len)
     where, holes = _resolve_sequences(
         query, kv_len, query_start, key_padding_mask, document_ids, sequences
@@ -526,28 +602,38 @@ def make_problem(
     # The backward builds its index from the mask again.
     mask_owner = mask if mask_owner is None else mask_owner
     mask_version = _version_of(mask_owner)
+    # Without a mask an index of this problem is right for as long as somebody keeps it.
+    known: dict[tuple[int, int], ReferenceType[BlockIndex]] = {}
 
     def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
+        index = known[tile_q, tile_kv]() if (tile_q, tile_kv) in known else None
+        if index is None:
+            index = find_index(tile_q, tile_kv)
+            if mask is None:
+                known[tile_q, tile_kv] = ref(index)
+        keep_for_capture(device, index)
+        return index
+
+    def find_index(tile_q: int, tile_kv: int) -> BlockIndex:
         options: dict[str, Any] = dict(
             is_causal=is_causal,
             num_heads=heads,
             tile_q=tile_q,
             tile_kv=tile_kv,
-            device=query.device,
+            device=device,
         )
         index = get_index(layout, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
             _check_rows(index, where, layout, is_causal)
-        if mask is not None:
-            if _version_of(mask_owner) != mask_version:
-                name = "attn_mask" if mask_owner is attn_mask else "key_padding_mask"
-                raise RuntimeError(
-                    f"{name} got changed in place between forward and backward; the gradients need it as it was; "
-                    f"change a copy, or pass {name}.clone()."
-                )
-            index = get_index(layout, where, attn_mask=mask, mask_owner=mask_owner, **options)
-        keep_for_capture(query.device, index)
-        return index
+        if mask is None:
+            return index
+        if _version_of(mask_owner) != mask_version:
+            name = "attn_mask" if mask_owner is attn_mask else "key_padding_mask"
+            raise RuntimeError(
+                f"{name} got changed in place between forward and backward; the gradients need it as it was; "
+                f"change a copy, or pass {name}.clone()."
+            )
+        return get_index(layout, where, attn_mask=mask, mask_owner=mask_owner, **options)
 
     return Problem(
         index_for=index_for,

@@ -10,12 +10,13 @@ Registered on import. See docs/architecture.md, "Operators".
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_blocksparse.attention import choose_implementation, make_problem
+from hf_blocksparse.attention import prepare, spec_of
 from hf_blocksparse.layouts import Layout, layout_from_digest
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 
@@ -45,9 +46,11 @@ def _layout_of(digest: str) -> Layout:
     return layout_from_digest(digest)
 
 
-def _problem_of(
+def _prepare(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
@@ -60,11 +63,14 @@ def _problem_of(
     softcap: float | None,
     allow_empty_rows: bool,
     impl: str,
-) -> Problem:
+    slopes_need_grad: bool,
+) -> tuple[ModuleType, Problem]:
     # Compiled code writes new values into old buffers without counting versions, so an index of a mask is not found again by the tensor.
-    return make_problem(
-        query,
-        key,
+    return prepare(
+        spec_of("query", query),
+        spec_of("key", key),
+        spec_of("value", value),
+        None if sinks is None else spec_of("sinks", sinks),
         _layout_of(layout),
         is_causal=is_causal,
         attn_mask=None if attn_mask is None else attn_mask.detach(),
@@ -75,9 +81,11 @@ def _problem_of(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         scale=scale,
+        enable_gqa=True,
         softcap=softcap,
         allow_empty_rows=allow_empty_rows,
-        portable=impl != "auto",
+        impl=impl,
+        slopes_need_grad=slopes_need_grad,
     )
 
 
@@ -95,9 +103,7 @@ def _forward(
     alibi_slopes: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    *options_of_problem, impl, slopes_need_grad = options
-    chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    problem = _problem_of(query, key, *options_of_problem, impl)
+    chosen, problem = _prepare(query, key, value, sinks, *options)
     with torch.autocast(query.device.type, enabled=False):
         out, lse = chosen.attention_forward(query, key, value, sinks, alibi_slopes, problem)
     return _in_order_of(out, query), lse
@@ -127,9 +133,8 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *options_of_problem, impl, slopes_need_grad, needed = options
-    chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    problem = _problem_of(query, key, *options_of_problem, impl)
+    *options_of_call, needed = options
+    chosen, problem = _prepare(query, key, value, sinks, *options_of_call)
     with torch.autocast(query.device.type, enabled=False):
         gradients = chosen.attention_backward(
             grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse, problem, needed

@@ -1,5 +1,7 @@
 """`block_sparse_attention` in torch operations equals dense attention with the layout as a mask, in every use it offers."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from hf_blocksparse import (
     SinkWindow,
     SlidingWindow,
     TensorLayout,
+    attention,
     block_index,
     block_sparse_attention,
     layout_to_mask,
@@ -534,3 +537,26 @@ def test_a_mask_that_hides_little_keeps_every_row():
     ours = block_sparse_attention(*inputs, Dense(), is_causal=True, attn_mask=mask, return_lse=True)
     expected = dense_attention(*inputs, mask.tril().expand(BATCH, HEADS, 100, 100))
     assert_same(inputs, ours, expected)
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again_and_means_the_same():
+    layout = SlidingWindow(37)
+    scale = torch.tensor(0.5)
+
+    def attend(**options):
+        torch.manual_seed(0)
+        tensors = (torch.randn(1, 2, 100, 16) for _ in range(3))
+        return block_sparse_attention(*tensors, layout, is_causal=True, **options)
+
+    expected = attend(scale=0.5)
+    known = attention._prepare_known.cache_info()
+    assert torch.equal(attend(scale=scale), expected)
+    assert attention._prepare_known.cache_info().hits == known.hits + 1
+    scale.fill_(0.25)
+    assert torch.equal(attend(scale=scale), attend(scale=0.25))
+    block_index.clear_cache()
+    assert torch.equal(attend(scale=0.5), expected)
+    assert len(block_index.cached_indices()) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="scale got inf"):
+            attend(scale=math.inf)

@@ -2,11 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.sequences import Sequences
+
+
+class TensorSpec(NamedTuple):
+    """All of a tensor that decides how a call runs. Checks read nothing else, so calls with equal ones are checked once."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.philox import dropout_keep
-from hf_blocksparse.ops.problem import Problem, empty_rows_like
+from hf_blocksparse.ops.problem import Problem, TensorSpec, empty_rows_like
 from hf_blocksparse.sequences import BATCH, Q_LEN, Q_ROW, Sequences
 
 # Small enough that the scores of a step stay in a CPU's cache.
@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool = False
+    query: TensorSpec, key: TensorSpec, value: TensorSpec, slopes_need_grad: bool = False
 ) -> list[str]:
     """Every reason why this path cannot run the call."""
     if query.dtype not in DTYPES:

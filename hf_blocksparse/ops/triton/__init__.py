@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hf_blocksparse.ops import hopper
-from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.problem import Problem, TensorSpec
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,7 +42,7 @@ def _has_triton() -> bool:
 
 
 def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, slopes_need_grad: bool = False
+    query: TensorSpec, key: TensorSpec, value: TensorSpec, slopes_need_grad: bool = False
 ) -> list[str]:
     """Every reason why these kernels cannot run a call; empty if they can."""
     reasons = []
