@@ -28,7 +28,7 @@ class Row:
         tile_efficiency: kept / computed coefficients, where the tiles are known.
         index_ms: what building the index adds to the first call; ours only.
         relative_error: of the output, or the largest of the gradients', against float32; dense implementations of sparse layouts have none.
-        first_call_s: the first call, compilation included.
+        first_call_s: the first call, compilation included, beside those of the others.
     """
 
     implementation: str
