@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
 from hf_blocksparse.ops import hopper
+from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
 from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
 
 CAPABILITY = 90
@@ -89,6 +90,46 @@ def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
         num_warps=4,
         enable_fp_fusion=True,
         **hopper.forward_constants(head_dim),
+    )
+
+
+def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
+    int_pointer = pointer(torch.int32)
+    float_pointer = pointer(torch.float32)
+    constants = hopper.backward_constants(head_dim)
+    rows = descriptor(constants["STEP"], head_dim, dtype)
+    half = descriptor(hopper.TILE // 2, head_dim, dtype)
+    sums = MockTensor(torch.float32, [1 << 10, 32])
+    strides = (4 * 1000 * head_dim, head_dim, 4 * head_dim)
+    return backward_kernel.warmup(
+        rows,
+        half,
+        half,
+        rows,
+        TensorDescriptor(sums, [1 << 10, 32], [32, 1], [128, 32], hopper._sums_layout()),
+        half,
+        half,
+        pointer(dtype),
+        strides,
+        pointer(dtype),
+        strides,
+        float_pointer,
+        float_pointer,
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        int_pointer,
+        0.1,
+        0.1,
+        4,
+        2,
+        1000,
+        1000,
+        grid=(1,),
+        num_warps=4,
+        enable_fp_fusion=True,
+        **constants,
     )
 
 

@@ -9,6 +9,7 @@ Triton is imported at the first call, not with this module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -58,15 +59,14 @@ def takes_forward(
     )
 
 
-def unsupported_forward(
+def _unsupported(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
     problem: Problem,
-    alibi_slopes: Tensor | None = None,
+    alibi_slopes: Tensor | None,
 ) -> list[str]:
-    """Every reason why the forward kernel cannot run a call that `ops/triton` can; empty if it can."""
     if query.device.type != "cuda" or not _is_hopper(query.device):
         return ["the device is not of compute capability 9.0"]
     reasons = []
@@ -90,6 +90,39 @@ def unsupported_forward(
             reasons.append(
                 f"{name} has strides {tensor.stride()} or an address that are no multiples of {ALIGNMENT_BYTES} bytes"
             )
+    return reasons
+
+
+def unsupported_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    problem: Problem,
+    alibi_slopes: Tensor | None = None,
+) -> list[str]:
+    """Every reason why the forward kernel cannot run a call that `ops/triton` can; empty if it can."""
+    return _unsupported(query, key, value, sinks, problem, alibi_slopes)
+
+
+def unsupported_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    problem: Problem,
+    alibi_slopes: Tensor | None = None,
+) -> list[str]:
+    """Every reason why the backward kernel should not run a call that `ops/triton` can; empty if it should."""
+    reasons = _unsupported(query, key, value, sinks, problem, alibi_slopes)
+    if torch.are_deterministic_algorithms_enabled():
+        reasons.append(
+            "deterministic algorithms are asked for, and the order of its sums for dQ varies"
+        )
+    if 1 < problem.block_size < TILE:
+        reasons.append(
+            f"blocks have {problem.block_size} tokens (needs {TILE}, or a layout exact to the token)"
+        )
     return reasons
 
 
@@ -151,13 +184,151 @@ def forward(
     return out, lse
 
 
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value; `scale` is positive and `unsupported_backward` is empty.
+
+    Args:
+        grad_out: of `out`, which has its shape, or None for zeros.
+        grad_lse: float32 [batch, query_heads, query_len] or None for zeros.
+        query, key, value, problem, scale: what `forward` was given.
+        out, lse: what it returned.
+        needed: one flag per gradient.
+
+    Returns:
+        What `needed` names, each in its input's dtype and order of axes in memory, None elsewhere. The last bits of the gradient of query
+        differ from call to call.
+    """
+    from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
+    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
+    from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
+    from hf_blocksparse.ops.triton.launch import current_device, launch
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    if not any(needed[:3]):
+        return None, None, None
+    batch, heads, query_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    sequences = problem.sequences
+    index = problem.index_for(TILE, TILE)
+    grads = [empty_rows_like(tensor, head_dim) for tensor in (query, key, value)]
+    grad_query, grad_key, grad_value = grads
+    if not sequences.covers_queries or not index.num_tiles:
+        grad_query.zero_()
+    if not sequences.covers_keys or not index.num_tiles:
+        grad_key.zero_()
+        grad_value.zero_()
+    if index.num_tiles:
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        elif _tma_strides(grad_out) is None:
+            grad_out = grad_out.contiguous()
+        dim = _padded(head_dim)
+        constants = backward_constants(head_dim)
+        with current_device(query.device):
+            schedule = column_schedule_for(index, sequences, heads, kv_heads)
+            log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+            deltas = torch.empty_like(log2_sums)
+            sums = query.new_empty(
+                schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
+            )
+            items = sequences.q_items(TILE)
+            grid = (items.shape[0], heads, 1)
+            log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
+                StridedRows(tensor, tensor.stride()[:3])
+                for tensor in (log2_sums, deltas, out, grad_out, lse)
+            )
+            grad_lse_rows = StridedRows(None, (0, 0, 0))
+            if grad_lse is not None:
+                grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
+            dims = dict(HEAD_DIM=head_dim, DIM=dim)
+            launch(
+                prepare_kernel,
+                grid,
+                (
+                    out_rows,
+                    grad_out_rows,
+                    lse_rows,
+                    grad_lse_rows,
+                    log2_sum_rows,
+                    delta_rows,
+                    sums,
+                    items,
+                    sequences.table,
+                    schedule.first_slots,
+                ),
+                dims,
+                dict(num_warps=8),
+            )
+            launch(
+                backward_kernel,
+                (schedule.num_programs, 1, 1),
+                (
+                    _descriptor(query, constants["STEP"]),
+                    _descriptor(key, TILE // 2),
+                    _descriptor(value, TILE // 2),
+                    _descriptor(grad_out, constants["STEP"]),
+                    _sums_descriptor(sums),
+                    _descriptor(grad_key, TILE // 2),
+                    _descriptor(grad_value, TILE // 2),
+                    grad_key,
+                    grad_key.stride()[:3],
+                    grad_value,
+                    grad_value.stride()[:3],
+                    log2_sums,
+                    deltas,
+                    schedule.records,
+                    schedule.offsets,
+                    index.q_indices,
+                    index.q_mask_ids,
+                    transposed_bank(index),
+                    scale,
+                    scale * LOG2_E,
+                    heads,
+                    heads // kv_heads,
+                    query_len,
+                    kv_len,
+                ),
+                constants,
+                dict(num_warps=4),
+            )
+            launch(
+                store_kernel,
+                grid,
+                (
+                    sums,
+                    StridedRows(grad_query, grad_query.stride()[:3]),
+                    items,
+                    sequences.table,
+                    schedule.first_slots,
+                    scale,
+                ),
+                dims,
+                dict(num_warps=4),
+            )
+    grad_query, grad_key, grad_value = (
+        grad if flag else None for grad, flag in zip(grads, needed, strict=False)
+    )
+    return grad_query, grad_key, grad_value
+
+
 def forward_constants(head_dim: int) -> dict[str, Any]:
     """What the forward kernel is compiled for besides the types of its arguments."""
     # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not.
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
-        DIM=64 if is_small else 128,
+        DIM=_padded(head_dim),
         STAGES=4 if is_small else 2,
         Q_IN_REGISTERS=is_small,
         CONSUMER_REGISTERS=240,
@@ -165,16 +336,49 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
     )
 
 
+def backward_constants(head_dim: int) -> dict[str, Any]:
+    """What the backward kernel is compiled for besides the types of its arguments."""
+    dim = _padded(head_dim)
+    return dict(
+        HEAD_DIM=head_dim,
+        DIM=dim,
+        STEP=64
+        * 128
+        // dim,  # query rows of a step, with which its tiles have the same size for both head sizes
+        STAGES=2,
+        CONSUMER_REGISTERS=240,
+        OTHERS_REGISTERS=24,
+    )
+
+
+def _padded(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128
+
+
 def _descriptor(tensor: Tensor, rows: int) -> Any:
     """A descriptor of blocks of `rows` rows of one head; columns past the head size read as zero and are not written."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, rows, 64 if tensor.shape[-1] <= 64 else 128]
+    block = [1, 1, rows, _padded(tensor.shape[-1])]
     strides = _tma_strides(tensor)
     assert strides is not None
     return TensorDescriptor(
         tensor, list(tensor.shape), list(strides), block, _layout(rows, block[-1], tensor.dtype)
     )
+
+
+def _sums_descriptor(sums: Tensor) -> Any:
+    """A descriptor of the parts that dQ is added up in: 64 x 64 numbers as 128 rows of 32."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(sums, list(sums.shape), [32, 1], [128, 32], _sums_layout())
+
+
+@cache
+def _sums_layout() -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for([128, 32], gl.float32)
 
 
 @cache

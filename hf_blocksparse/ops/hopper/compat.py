@@ -4,19 +4,41 @@
 |---|---|---|
 | `tma_load(descriptor, coordinates, barrier, buffer)` | `tma.async_copy_global_to_shared` | `tma.async_load` |
 | `tma_store(descriptor, coordinates, buffer)` | `tma.async_copy_shared_to_global` | `tma.async_store` |
+| `tma_add(descriptor, coordinates, buffer)`: adds to memory | not public | `tma.async_atomic_add` |
+| `reinterpret(buffer, dtype, shape, layout)` | `buffer._reinterpret` | `buffer.reinterpret` |
 | `partition_barrier()`: all threads of the running partition | `gl.thread_barrier` | `gl.barrier` |
 
 What both have alike is imported from Triton where it is used.
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 # 3.9 still has the old names, which raise: the new ones are asked for first.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@builtin
+def _tma_add(tensor_desc, coord, src, _semantic=None):
+    coordinates = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coordinates, src.handle
+    )
+
+
+tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add
+
+
+@builtin
+def reinterpret(buffer, dtype, shape, layout, _semantic=None):
+    """Shared memory seen as tensors of another shape and layout."""
+    method = buffer.reinterpret if hasattr(buffer, "reinterpret") else buffer._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
 
 
 @gluon.jit

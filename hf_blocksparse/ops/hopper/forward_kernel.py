@@ -35,6 +35,7 @@ from hf_blocksparse.ops.hopper.compat import (
     tma_load,
     tma_store,
 )
+from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between
 
 TILE = gl.constexpr(128)
 HALF = gl.constexpr(64)  # query rows of one consumer
@@ -178,28 +179,8 @@ def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores):
     packed = gl.load(
         bank + mask_id.to(gl.int64) * (TILE * 4) + place, mask=place + mask_id >= place, other=-1
     )
-    first = gl.minimum(gl.maximum(key_begin - words * 32, 0), 32).to(gl.int64)
-    last = gl.minimum(gl.maximum(key_end - words * 32, 0), 32).to(gl.int64)
-    one = gl.full([1, 4, 1], 1, gl.int64, LAYOUT)
-    packed = packed & ((one << last) - (one << first)).to(gl.int32)
+    packed = packed & bits_between(words, key_begin, key_end)
     return packed >> (2 * threads)
-
-
-@gluon.jit
-def apply_mask(scores, mask):
-    """`scores` where the bit of `load_mask` is set, -inf elsewhere."""
-    ROWS: gl.constexpr = scores.shape[0]
-    COLUMNS: gl.constexpr = scores.shape[1]
-    parts = gl.reshape(scores, [ROWS, 4, 4, 4, 2])
-    LAYOUT: gl.constexpr = parts.type.layout
-    VECTOR: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT)))
-    eighths = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))
-    columns = gl.arange(0, 2, gl.SliceLayout(0, VECTOR))
-    bit = 1 << (8 * gl.expand_dims(eighths, 1) + gl.expand_dims(columns, 0))
-    bit = gl.expand_dims(gl.expand_dims(gl.expand_dims(bit, 0), 1), 3)
-    kept = (gl.expand_dims(gl.expand_dims(mask, 2), 4) & bit) != 0
-    parts = gl.where(kept, parts, -float("inf"))
-    return gl.convert_layout(gl.reshape(parts, [ROWS, COLUMNS]), scores.type.layout)
 
 
 @gluon.jit

@@ -1,15 +1,18 @@
-"""Who computes which query tile: one list of tiles per multiprocessor, made on the device.
+"""Who computes which tile - query tiles in the forward kernel, key tiles in the backward one - as lists made on the device.
 
-Tiles of one head follow each other, so that its keys and values stay in the L2 cache; inside a head the long ones come first,
-and each goes to the multiprocessor with the least work so far. Tiles that take a good part of a multiprocessor's share go before all
-others, whatever their head: one of them at the end would keep everybody waiting. Nothing is read back to the host.
+Tiles of one head follow each other, so that what they read stays in the L2 cache; inside a head the long ones come first. Tiles that take
+a good part of a multiprocessor's share go before all others, whatever their head: one of them at the end would keep everybody waiting.
+Nothing is read back to the host.
+
+A query tile is short, so a multiprocessor gets a list of them: each goes to the one with the least work so far. A key tile is long enough
+to be a program of its own, which the hardware starts wherever there is room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 from hf_blocksparse.capture import check_not_capturing
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
+from hf_blocksparse.sequences import Q_LEN, Q_POS
 
 if TYPE_CHECKING:
     from hf_blocksparse.block_index import BlockIndex
@@ -32,6 +36,22 @@ key's position for its row, begin and end of the sequence's key rows, first part
 mask, key tile of the first step, whether the full entry before those needs a mask, number of steps with a mask, number of steps, mask of
 the first step (-1: none)."""
 STEPS = 14
+
+COLUMN_RECORD = 20
+"""Integers per key tile and query head that reads it: batch, query head, tensor row of the tile's first key, begin and end of the
+sequence's key rows, what to add to a query's position for its row, begin and end of the sequence's query rows, slot of query tile 0 in the
+sums of dQ, first partial entry, number of them, first full entry that needs no mask, whether the full entry before those needs one, number
+of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together."""
+(
+    COLUMN_Q_BEGIN,
+    COLUMN_Q_END,
+    COLUMN_FIRST_SLOT,
+    COLUMN_PARTIAL,
+    COLUMN_NUM_PARTIAL,
+    COLUMN_NUM_MASKED,
+    COLUMN_TILES,
+    COLUMN_GROUP_TILES,
+) = 6, 7, 8, 9, 10, 14, 15, 16
 
 # Tiles are dealt out to one multiprocessor in so many at a time, so that one with a long tile is left in peace meanwhile.
 DEALT_TO = 4
@@ -47,6 +67,22 @@ class Schedule:
 
     records: Tensor
     offsets: Tensor
+
+    @property
+    def num_programs(self) -> int:
+        return self.offsets.numel() - 1
+
+
+@dataclass(frozen=True)
+class ColumnSchedule:
+    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles from `offsets[i]` to
+    `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
+    """
+
+    records: Tensor
+    offsets: Tensor
+    first_slots: Tensor
+    num_slots: int
 
     @property
     def num_programs(self) -> int:
@@ -108,6 +144,74 @@ def describe_kernel(
 
 
 @triton.jit
+def describe_columns_kernel(
+    records,
+    items,
+    table,
+    lists,
+    first_slots,
+    group_size,
+    NUM_FIELDS: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+):
+    """Grid: (key items, query heads). Writes the record of one key tile and query head; no query tiles for an unused item."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    record = records + (item * tl.num_programs(1) + head).to(tl.int64) * NUM_FIELDS
+    sequence = tl.load(items + 2 * item)
+    if sequence < 0:
+        tl.store(record + 15, -1)
+        return
+    tile = tl.load(items + 2 * item + 1)
+    batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
+    begin, partial_begin, end = load_list(lists, sequence, head, tile)
+    full_first, full_last, full_start, full_stop = clip_entries(
+        lists.indices, begin, partial_begin, q_pos, q_pos + q_len, TILE_SIZE
+    )
+    partial_first, partial_last, partial_start, partial_stop = clip_entries(
+        lists.indices, partial_begin, end, q_pos, q_pos + q_len, TILE_SIZE
+    )
+    partial_first -= partial_start
+    num_partial = partial_last + partial_stop - partial_first
+    num_edges = full_start + full_stop
+    num_tiles = num_partial + num_edges + tl.maximum(full_last - full_first, 0)
+    # Where the sequence ends inside the key tile, every query tile needs a mask.
+    is_cut = (tile * TILE_SIZE < kv_pos) | ((tile + 1) * TILE_SIZE > kv_pos + kv_len)
+    tl.store(record, batch)
+    tl.store(record + 1, head)
+    tl.store(record + 2, tile * TILE_SIZE - kv_pos + kv_row)
+    tl.store(record + 3, kv_row)
+    tl.store(record + 4, kv_row + kv_len)
+    tl.store(record + 5, q_row - q_pos)
+    tl.store(record + 6, q_row)
+    tl.store(record + 7, q_row + q_len)
+    tl.store(record + 8, tl.load(first_slots + sequence))
+    tl.store(record + 9, partial_first)
+    tl.store(record + 10, num_partial)
+    tl.store(record + 11, full_first)
+    tl.store(record + 12, full_start)
+    tl.store(record + 13, num_edges)
+    tl.store(record + 14, tl.where(is_cut, num_tiles, num_partial + num_edges))
+    tl.store(record + 15, num_tiles)
+
+
+@triton.jit
+def transpose_bank_kernel(bank, transposed, TILE_SIZE: tl.constexpr):
+    """Grid: (masks,). Words of 32 queries per key, from words of 32 keys per query."""
+    WORDS: tl.constexpr = TILE_SIZE // 32
+    words = tl.arange(0, WORDS)
+    bits = tl.arange(0, 32)
+    base = tl.program_id(0).to(tl.int64) * (TILE_SIZE * WORDS)
+    for word in tl.range(0, WORDS):
+        queries = word * 32 + bits
+        packed = tl.load(bank + base + queries[:, None] * WORDS + words[None, :])
+        kept = (packed[:, :, None] >> bits[None, None, :]) & 1
+        turned = tl.sum(kept << bits[:, None, None], 0)
+        keys = words[:, None] * 32 + bits[None, :]
+        tl.store(transposed + base + keys * WORDS + word, turned)
+
+
+@triton.jit
 def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.constexpr):
     """Grid: (1,). Deals tiles out in their order, `chunk <= num_programs` at a time to as many owners with the least work so far."""
     slots = tl.arange(0, NUM_SLOTS)
@@ -121,25 +225,48 @@ def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.c
         loads += cost * NUM_SLOTS
 
 
-_schedules: WeakKeyDictionary[BlockIndex, WeakKeyDictionary[Sequences, dict[int, Schedule]]] = (
-    WeakKeyDictionary()
-)
+_Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]
+_schedules: _Schedules = WeakKeyDictionary()
+_column_schedules: _Schedules = WeakKeyDictionary()
+_transposed_banks: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
+
+
+def _known(schedules: _Schedules, index: BlockIndex, sequences: Sequences) -> dict[Any, Any]:
+    return schedules.setdefault(index, WeakKeyDictionary()).setdefault(sequences, {})
 
 
 def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedule:
     """The schedule of a call with `heads` query heads, made at its first use and kept as long as index and sequences live."""
-    of_index = _schedules.setdefault(index, WeakKeyDictionary())
-    of_sequences = of_index.setdefault(sequences, {})
-    if heads not in of_sequences:
-        of_sequences[heads] = make_schedule(
-            index, sequences, heads, _multiprocessors(index.bank.device)
+    known = _known(_schedules, index, sequences)
+    if heads not in known:
+        known[heads] = make_schedule(index, sequences, heads, _multiprocessors(index.bank.device))
+    return known[heads]
+
+
+def column_schedule_for(
+    index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int
+) -> ColumnSchedule:
+    """The same for the backward kernel."""
+    known = _known(_column_schedules, index, sequences)
+    if (heads, kv_heads) not in known:
+        known[heads, kv_heads] = make_column_schedule(
+            index, sequences, heads, kv_heads, _multiprocessors(index.bank.device)
         )
-    return of_sequences[heads]
+    return known[heads, kv_heads]
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _order(
+    group: Tensor, steps: Tensor, costs: Tensor, num_groups: int, num_multiprocessors: int
+) -> Tensor:
+    """Long tiles, then group by group from 1 on, the longer ones first, then tiles without a cost."""
+    group = torch.where(costs * (LONG * num_multiprocessors) > costs.sum(), 0, group)
+    group = torch.where(costs > 0, group, 1 + num_groups)
+    return torch.argsort(group * (steps.max() + 1) + steps.max() - steps, stable=True)
 
 
 @torch.inference_mode(False)  # a schedule outlives the call
@@ -160,10 +287,7 @@ def make_schedule(
     is_used = steps > 0
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0] * heads + records[:, 1]
-    group = torch.where(costs * (LONG * num_programs) > costs.sum(), 0, group)
-    group = torch.where(is_used, group, 1 + sequences.batch * heads)
-    most = index.num_kv_tiles + 1
-    order = torch.argsort(group * (most + 1) + most - steps, stable=True)
+    order = _order(group, steps, costs, sequences.batch * heads, num_programs)
     owners = torch.empty_like(costs)
     assign_kernel[(1,)](
         costs[order],
@@ -180,3 +304,78 @@ def make_schedule(
         records[order[by_owner]].contiguous(),
         torch.searchsorted(owners, bounds).to(torch.int32),
     )
+
+
+@torch.inference_mode(False)
+def make_column_schedule(
+    index: BlockIndex,
+    sequences: Sequences,
+    heads: int,
+    kv_heads: int,
+    num_multiprocessors: int,
+) -> ColumnSchedule:
+    """One program per key tile and key head. `index` has tiles of `TILE x TILE` and is not empty."""
+    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    items = sequences.kv_items(TILE)
+    num_items = items.shape[0]
+    first_slots = _first_slots(sequences)
+    lists = tile_lists(index)[1]
+    records = items.new_zeros(num_items * kv_heads, heads // kv_heads, COLUMN_RECORD)
+    describe_columns_kernel[(num_items, heads)](
+        records, items, sequences.table, lists, first_slots, heads // kv_heads,
+        NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=TILE,
+    )  # fmt: skip
+    is_used = records[:, 0, COLUMN_TILES] >= 0
+    steps = records[:, :, COLUMN_TILES].sum(1)
+    _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
+    steps = records[:, :, COLUMN_TILES].sum(1)
+    records[:, :, COLUMN_GROUP_TILES] = steps[:, None]
+    steps = steps.long().clamp(min=0)
+    costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
+    group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
+    order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
+    offsets = torch.arange(records.shape[0] + 1, dtype=torch.int32, device=items.device)
+    return ColumnSchedule(
+        records[order],
+        torch.minimum(offsets, is_used.sum(dtype=torch.int32)),
+        first_slots,
+        sequences.q_items(TILE).shape[0],
+    )
+
+
+def _first_slots(sequences: Sequences) -> Tensor:
+    """Per sequence: where its query tile 0 would lie, if the tiles that hold its queries follow those of the sequence before."""
+    length, position = sequences.table[:, Q_LEN], sequences.table[:, Q_POS]
+    first = position // TILE
+    count = torch.where(length > 0, (position + length - 1) // TILE + 1 - first, 0)
+    return (count.cumsum(0) - count - first).to(torch.int32)
+
+
+def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tensor) -> None:
+    """Key tiles that nobody reads get a step in which every query is masked: the kernel then needs no path of its own for them.
+
+    The step takes entry 0 for a mask, no query row is the sequence's, and what it adds to dQ lies before the sums, where nothing is written.
+    """
+    for field, value in (
+        (COLUMN_Q_BEGIN, 0),
+        (COLUMN_Q_END, 0),
+        (COLUMN_FIRST_SLOT, -1 - query_tile),
+        (COLUMN_PARTIAL, 0),
+        (COLUMN_NUM_PARTIAL, 1),
+        (COLUMN_NUM_MASKED, 1),
+        (COLUMN_TILES, 1),
+    ):
+        records[:, 0, field] = torch.where(is_empty, value, records[:, 0, field])
+
+
+@torch.inference_mode(False)
+def transposed_bank(index: BlockIndex) -> Tensor:
+    """The bank of `index` with words along the queries: bit `c % 32` of word `c // 32` of row `r` is coefficient `(c, r)`."""
+    bank = _transposed_banks.get(index)
+    if bank is None:
+        check_not_capturing(index.bank.device, "the transposed masks of this layout")
+        bank = torch.empty_like(index.bank)
+        if bank.shape[0]:
+            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=TILE)
+        _transposed_banks[index] = bank
+    return bank

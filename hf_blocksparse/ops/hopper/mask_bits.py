@@ -1,0 +1,47 @@
+"""Bits that say which coefficients of a tile are kept, in the registers of a product's result.
+
+In a tile `[rows, columns]` of scores a thread holds two adjacent columns out of each eight, and four threads share a row. A word has the
+bits of 32 columns of a row; each thread moves it down to its own first column, and then all threads look at the same bits.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def bits_between(words, begin, end):
+    """Bits of the words with these numbers whose columns lie in `[begin, end)`."""
+    first = gl.minimum(gl.maximum(begin - words * 32, 0), 32).to(gl.int64)
+    last = gl.minimum(gl.maximum(end - words * 32, 0), 32).to(gl.int64)
+    one = gl.full(words.shape, 1, gl.int64, words.type.layout)
+    return ((one << last) - (one << first)).to(gl.int32)
+
+
+@gluon.jit
+def read_mask(words, scores):
+    """Words `[rows, columns // 32]` in shared memory as `apply_mask` takes them: [rows, words, threads of a row]."""
+    ROWS: gl.constexpr = scores.shape[0]
+    WORDS: gl.constexpr = scores.shape[1] // 32
+    parts = gl.reshape(scores, [ROWS, WORDS, 4, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
+    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
+    packed = words.load(gl.SliceLayout(2, LAYOUT))
+    return gl.expand_dims(packed, 2) >> (2 * threads)
+
+
+@gluon.jit
+def apply_mask(scores, mask):
+    """`scores` where the bit of `mask` [rows, words, threads of a row] is set, -inf elsewhere."""
+    ROWS: gl.constexpr = scores.shape[0]
+    COLUMNS: gl.constexpr = scores.shape[1]
+    parts = gl.reshape(scores, [ROWS, COLUMNS // 32, 4, 4, 2])
+    LAYOUT: gl.constexpr = parts.type.layout
+    VECTOR: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT)))
+    eighths = gl.arange(0, 4, gl.SliceLayout(1, VECTOR))
+    columns = gl.arange(0, 2, gl.SliceLayout(0, VECTOR))
+    bit = 1 << (8 * gl.expand_dims(eighths, 1) + gl.expand_dims(columns, 0))
+    bit = gl.expand_dims(gl.expand_dims(gl.expand_dims(bit, 0), 1), 3)
+    kept = (gl.expand_dims(gl.expand_dims(mask, 2), 4) & bit) != 0
+    parts = gl.where(kept, parts, -float("inf"))
+    return gl.convert_layout(gl.reshape(parts, [ROWS, COLUMNS]), scores.type.layout)

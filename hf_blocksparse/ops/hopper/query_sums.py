@@ -1,0 +1,113 @@
+"""What stands before and after the backward kernel: its row terms, and the float32 sums that dQ is added up in.
+
+Every query tile of every sequence has a place of its own in the sums, so no sequence adds to another's rows. A tile is stored as parts of
+64 x 64 numbers, in the order of `backward_kernel.hand_over`; part `2 * s + c` of a tile is what consumer `c` computed of the tile's step `s`.
+"""
+
+import triton
+import triton.language as tl
+
+from hf_blocksparse.ops.triton.tiles import (
+    load_rows_between,
+    load_sequence,
+    row_pointers,
+)
+
+TILE = tl.constexpr(128)
+PART = tl.constexpr(64)
+
+
+@triton.jit
+def prepare_kernel(
+    out,
+    grad_out,
+    lse,
+    grad_lse,
+    log2_sums,
+    deltas,
+    sums,
+    items,
+    table,
+    first_slots,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Grid: (query items, query heads). Row terms as `ops/triton/backward.py` has them, of the rows that the item's sequence owns; zeros `sums`.
+
+    The pointer of `grad_lse` may be None.
+    """
+    item = items + tl.program_id(0) * 2
+    head = tl.program_id(1)
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    tile = tl.load(item + 1)
+    slot = tl.load(first_slots + sequence) + tile
+    place = (slot.to(tl.int64) * tl.num_programs(1) + head) * (TILE * DIM)
+    tl.store(sums + place + tl.arange(0, TILE * DIM), tl.zeros([TILE * DIM], tl.float32))
+    batch, q_row, q_len, q_pos, _, _, _ = load_sequence(table, sequence)
+    first_row = tile * TILE - q_pos + q_row
+    rows = first_row + tl.arange(0, TILE)
+    is_own = (rows >= q_row) & (rows < q_row + q_len)
+    out_tile = load_rows_between(
+        out, batch, head, first_row, q_row, q_row + q_len, TILE, HEAD_DIM, DIM
+    )
+    grad_tile = load_rows_between(
+        grad_out, batch, head, first_row, q_row, q_row + q_len, TILE, HEAD_DIM, DIM
+    )
+    row_lse = tl.load(row_pointers(lse, batch, head) + rows, mask=is_own, other=0.0)
+    delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    if grad_lse.pointer is not None:
+        delta -= tl.load(
+            row_pointers(grad_lse, batch, head) + rows.to(tl.int64) * grad_lse.strides[2],
+            mask=is_own,
+            other=0.0,
+        )
+    is_empty = row_lse == float("-inf")
+    log2_sum = tl.where(is_empty, float("inf"), row_lse * 1.4426950408889634)
+    tl.store(row_pointers(log2_sums, batch, head) + rows, log2_sum, mask=is_own)
+    tl.store(row_pointers(deltas, batch, head) + rows, tl.where(is_empty, 0.0, delta), mask=is_own)
+
+
+@triton.jit
+def store_kernel(
+    sums,
+    grad_query,
+    items,
+    table,
+    first_slots,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Grid: (query items, query heads). Writes `scale * sums` to the rows of `grad_query` that the item's sequence owns."""
+    item = items + tl.program_id(0) * 2
+    head = tl.program_id(1)
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    tile = tl.load(item + 1)
+    slot = tl.load(first_slots + sequence) + tile
+    place = (slot.to(tl.int64) * tl.num_programs(1) + head) * (TILE * DIM)
+    batch, q_row, q_len, q_pos, _, _, _ = load_sequence(table, sequence)
+    first_row = tile * TILE - q_pos + q_row
+    rows = tl.arange(0, PART)
+    dims = tl.arange(0, PART)
+    COLUMN_PARTS: tl.constexpr = DIM // PART
+    for part in tl.static_range(2 * COLUMN_PARTS):
+        stored = tl.load(sums + place + part * (PART * PART) + tl.arange(0, PART * PART))
+        # [column high, half, warp, row high, row low, thread, column low, 2] -> [warp, half, row high, row low | column high, low, thread, 2]
+        parts = tl.reshape(stored, [4, 2, 4, 4, 2, 4, 2, 2])
+        parts = tl.permute(parts, [2, 1, 3, 4, 0, 6, 5, 7])
+        own = first_row + part // COLUMN_PARTS * PART + rows
+        columns = part % COLUMN_PARTS * PART + dims
+        pointers = (
+            row_pointers(grad_query, batch, head)
+            + own.to(tl.int64)[:, None] * grad_query.strides[2]
+            + columns[None, :]
+        )
+        tl.store(
+            pointers,
+            (tl.reshape(parts, [PART, PART]) * scale).to(grad_query.pointer.dtype.element_ty),
+            mask=((own >= q_row) & (own < q_row + q_len))[:, None] & (columns < HEAD_DIM)[None, :],
+        )
