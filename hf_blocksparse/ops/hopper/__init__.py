@@ -345,7 +345,6 @@ def backward_constants(head_dim: int) -> dict[str, Any]:
         STEP=64
         * 128
         // dim,  # query rows of a step, with which its tiles have the same size for both head sizes
-        STAGES=2,
         CONSUMER_REGISTERS=240,
         OTHERS_REGISTERS=24,
     )

@@ -17,11 +17,11 @@ Steps are numbered through the whole program. What a barrier counts, who comes t
 |---|---|---|
 | `kv_filled` | the copies of K and V | the key tile's turn |
 | `kv_free` | consumers, one each, when K was read and dV, which leaves through V's place, was copied out | turn |
-| `query_filled[s]` | the copy of Q; the producer, when the row sums are there | use of slot `s = number % STAGES` |
+| `query_filled[s]` | the copy of Q; the producer, when the row sums are there | use of slot `s = number % 2` |
 | `grad_out_filled[s]` | the copy of dO; the producer, when deltas and mask are there | use of slot `s` |
 | `free[s]` | consumers, one each, at the end of a step | use of slot `s` |
-| `scores_filled[r]`, `r = number % 2` | consumers, one each, when dS of the step is in shared memory | use of slot `r` |
-| `scores_free[r]` | consumers, one each, when that step's dQ is computed | use of slot `r` |
+| `scores_filled[s]` | consumers, one each, when dS of the step is in shared memory | use of slot `s` |
+| `scores_free[s]` | consumers, one each, when that step's dQ is computed | use of slot `s` |
 | `sums_filled[c]` | consumer `c`, when its part of a step's dQ is in shared memory | number |
 | `sums_free[c]` | the adder, when that part was copied out | number |
 
@@ -44,6 +44,7 @@ from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, read_m
 
 TILE = gl.constexpr(128)
 HALF = gl.constexpr(64)  # key rows of one consumer
+SLOTS = gl.constexpr(2)  # for Q and dO, and for dS
 RECORD = gl.constexpr(20)
 PART_ROWS = gl.constexpr(128)  # of 32 numbers each: a 64 x 64 part of dQ in float32
 
@@ -124,7 +125,7 @@ def producer(
     records, offsets, indices, mask_ids, bank, num_heads, group_size, query_rows, key_rows,
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
     kv_filled, kv_free, query_filled, grad_out_filled, free,
-    DIM: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    DIM: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     number = 0
@@ -182,10 +183,10 @@ def producer(
                     log2_sum = gl.load(log2_sums + terms + rows, mask=is_own, other=float("inf"))
                     delta = gl.load(deltas + terms + rows, mask=is_own, other=0.0)
                     is_cut = straddles(row, query_rows, q_begin, q_end, STEP)
-                    slot = number % STAGES
-                    place_filled = gl.where(is_cut, STAGES, slot)
+                    slot = number & 1
+                    place_filled = gl.where(is_cut, SLOTS, slot)
                     where = [batch, head, row, 0]
-                    mbarrier.wait(free.index(slot), ((number // STAGES) & 1) ^ 1)
+                    mbarrier.wait(free.index(slot), ((number >> 1) & 1) ^ 1)
                     target = query_filled.index(place_filled)
                     mbarrier.expect(target, STEP * DIM * 2)
                     tma_load(query_desc, where, target, queries.index(slot))
@@ -201,8 +202,8 @@ def producer(
                             kv_begin - key_row, kv_end - key_row, slot, masks, STEP,
                         )  # fmt: skip
                     if is_cut:
-                        mbarrier.wait(query_filled.index(STAGES), num_cut_queries & 1)
-                        mbarrier.wait(grad_out_filled.index(STAGES), num_cut_queries & 1)
+                        mbarrier.wait(query_filled.index(SLOTS), num_cut_queries & 1)
+                        mbarrier.wait(grad_out_filled.index(SLOTS), num_cut_queries & 1)
                         clear_foreign_rows(queries, slot, row, q_begin, q_end, STEP, DIM)
                         clear_foreign_rows(grad_outs, slot, row, q_begin, q_end, STEP, DIM)
                         fence_async_shared()
@@ -279,15 +280,15 @@ def multiply_for_grad_query(
 
 
 @gluon.jit
-def hand_over(grad_query, sums, filled, free, number):
-    """Leaves a consumer's part of dQ of step `number` to the adder.
+def hand_over(grad_query, sums, filled, free, parity):
+    """Leaves a consumer's part of dQ of a step of this parity to the adder.
 
     Its 64 x 64 numbers are put down in the order that gives every thread 16 bytes at a time and no conflicts: rows [warp 4, half 2,
     8 = high 4, low 2] and columns [8 = high 4, low 2, thread 4, 2] become [column high, half, warp, row high | row low, thread, column
     low, 2]. `query_sums.store_kernel` undoes it.
     """
     parts = gl.permute(gl.reshape(grad_query, [4, 2, 4, 2, 4, 2, 4, 2]), [4, 1, 0, 2, 3, 6, 5, 7])
-    mbarrier.wait(free, (number & 1) ^ 1)
+    mbarrier.wait(free, parity ^ 1)
     sums.store(gl.reshape(parts, [PART_ROWS, 32]))
     fence_async_shared()
     mbarrier.arrive(filled)
@@ -299,7 +300,7 @@ def take_step(
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks, grad_scores, sums,
     query_filled, grad_out_filled, free, scores_filled, scores_free, sums_filled, sums_free,
     CONSUMER: gl.constexpr, MASKED: gl.constexpr,
-    DIM: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    DIM: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """Step `number` of the key tile's steps `[first, last)`, whose scores are there; returns those of the next one."""
     DTYPE: gl.constexpr = keys.dtype
@@ -312,13 +313,17 @@ def take_step(
     )
     no_scores = gl.zeros([HALF, STEP], gl.float32, SCORES)
     no_sums = gl.zeros([64, 64], gl.float32, SUMS)
-    slot = number % STAGES
+    slot = number & 1
+    parity = (number >> 1) & 1
+    other = slot ^ 1
+    # Always CONSUMER, which the compiler does not know: addresses known outside of the loop would fill registers until they spill.
+    own = CONSUMER + (number >> 30)
     query = queries.index(slot).reshape([STEP, DIM])
     grad_out = grad_outs.index(slot).reshape([STEP, DIM])
     log2_sum = sums_of_rows.index(slot).load(COLUMNS)
-    mbarrier.wait(grad_out_filled.index(slot), (number // STAGES) & 1)
+    mbarrier.wait(grad_out_filled.index(slot), parity)
     grad_probabilities = warpgroup_mma(
-        values.index(CONSUMER).reshape([HALF, DIM]),
+        values.index(own).reshape([HALF, DIM]),
         grad_out.permute([1, 0]),
         no_scores,
         use_acc=False,
@@ -332,27 +337,24 @@ def take_step(
     grad_probabilities = warpgroup_mma_wait(1, deps=[grad_probabilities])
     delta = deltas_of_rows.index(slot).load(COLUMNS)
     grads = (probabilities * (grad_probabilities - gl.expand_dims(delta, 0))).to(DTYPE)
-    mine = number & 1
-    mbarrier.wait(scores_free.index(mine), ((number >> 1) & 1) ^ 1)
-    grad_scores.index(mine * 2 + CONSUMER).store(grads)
+    mbarrier.wait(scores_free.index(slot), parity ^ 1)
+    grad_scores.index(slot * 2 + CONSUMER).store(grads)
     fence_async_shared()
-    mbarrier.arrive(scores_filled.index(mine))
+    mbarrier.arrive(scores_filled.index(slot))
     weights = gl.convert_layout(grads, OPERAND)
 
     # dQ of the step before. The first step has none: what it computes instead is left where it is.
     has_before = number > first
-    before = mine ^ 1
-    mbarrier.wait(scores_filled.index(before), ((number - 1) >> 1) & 1, pred=has_before)
-    grad_query = multiply_for_grad_query(grad_scores, keys, before, no_sums, CONSUMER, DIM, STEP)
+    mbarrier.wait(scores_filled.index(other), parity ^ other, pred=has_before)
+    grad_query = multiply_for_grad_query(grad_scores, keys, other, no_sums, CONSUMER, DIM, STEP)
     grad_key = warpgroup_mma(weights, query, grad_key, is_async=True)
     grad_value = warpgroup_mma_wait(3, deps=[grad_value])
     # The last step repeats its own scores, which nobody reads.
     has_next = number + 1 < last
-    next_slot = (number + 1) % STAGES
-    mbarrier.wait(query_filled.index(next_slot), ((number + 1) // STAGES) & 1, pred=has_next)
-    next_query = queries.index(gl.where(has_next, next_slot, slot)).reshape([STEP, DIM])
+    mbarrier.wait(query_filled.index(other), parity ^ slot, pred=has_next)
+    next_query = queries.index(gl.where(has_next, other, slot)).reshape([STEP, DIM])
     next_scores = warpgroup_mma(
-        keys.index(CONSUMER).reshape([HALF, DIM]),
+        keys.index(own).reshape([HALF, DIM]),
         next_query.permute([1, 0]),
         no_scores,
         use_acc=False,
@@ -360,10 +362,10 @@ def take_step(
     )
     grad_query = warpgroup_mma_wait(2, deps=[grad_query])
     if has_before:
-        mbarrier.arrive(scores_free.index(before))
+        mbarrier.arrive(scores_free.index(other))
         hand_over(
             grad_query, sums.index(CONSUMER), sums_filled.index(CONSUMER),
-            sums_free.index(CONSUMER), number - 1,
+            sums_free.index(CONSUMER), other,
         )  # fmt: skip
     scores, grad_key, grad_value = warpgroup_mma_wait(0, deps=[next_scores, grad_key, grad_value])
     mbarrier.arrive(free.index(slot))
@@ -409,7 +411,7 @@ def consumer(
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks, grad_scores, sums,
     kv_filled, kv_free, query_filled, grad_out_filled, free,
     scores_filled, scores_free, sums_filled, sums_free,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = keys.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -432,9 +434,9 @@ def consumer(
         key_sum = gl.zeros([HALF, DIM], gl.float32, ACCUMULATOR)
         value_sum = gl.zeros([HALF, DIM], gl.float32, ACCUMULATOR)
         no_scores = gl.zeros([HALF, STEP], gl.float32, SCORES)
-        slot = number % STAGES
+        slot = number & 1
         mbarrier.wait(kv_filled.index(0), turn & 1)
-        mbarrier.wait(query_filled.index(slot), (number // STAGES) & 1)
+        mbarrier.wait(query_filled.index(slot), (number >> 1) & 1)
         scores = warpgroup_mma(
             keys.index(CONSUMER).reshape([HALF, DIM]),
             queries.index(slot).reshape([STEP, DIM]).permute([1, 0]),
@@ -446,31 +448,32 @@ def consumer(
         for member in range(0, group_size):
             num_masked = gl.load(of_tile + member * RECORD + 14) * (TILE // STEP)
             num_steps = gl.load(of_tile + member * RECORD + 15) * (TILE // STEP)
-            for _ in range(0, num_masked):
+            masked_end = number + num_masked
+            member_end = number + num_steps
+            for step in range(number, masked_end):
                 scores, key_sum, value_sum = take_step(
-                    scores, key_sum, value_sum, number, first, last, score_scale,
+                    scores, key_sum, value_sum, step, first, last, score_scale,
                     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                     grad_scores, sums, query_filled, grad_out_filled, free,
                     scores_filled, scores_free, sums_filled, sums_free,
-                    CONSUMER, True, DIM, STEP, STAGES,
+                    CONSUMER, True, DIM, STEP,
                 )  # fmt: skip
-                number += 1
-            for _ in range(num_masked, num_steps):
+            for step in range(masked_end, member_end):
                 scores, key_sum, value_sum = take_step(
-                    scores, key_sum, value_sum, number, first, last, score_scale,
+                    scores, key_sum, value_sum, step, first, last, score_scale,
                     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                     grad_scores, sums, query_filled, grad_out_filled, free,
                     scores_filled, scores_free, sums_filled, sums_free,
-                    CONSUMER, False, DIM, STEP, STAGES,
+                    CONSUMER, False, DIM, STEP,
                 )  # fmt: skip
-                number += 1
+            number = member_end
 
         # dQ of the last step, while dV leaves through this consumer's part of V and dK after it.
-        before = (number - 1) & 1
-        mbarrier.wait(scores_filled.index(before), ((number - 1) >> 1) & 1)
+        slot = (last - 1) & 1
+        mbarrier.wait(scores_filled.index(slot), ((last - 1) >> 1) & 1)
         no_sums = gl.zeros([64, 64], gl.float32, SUMS)
         grad_query = multiply_for_grad_query(
-            grad_scores, keys, before, no_sums, CONSUMER, DIM, STEP
+            grad_scores, keys, slot, no_sums, CONSUMER, DIM, STEP
         )
         batch = gl.load(of_tile)
         kv_head = gl.load(of_tile + 1) // group_size
@@ -485,10 +488,10 @@ def consumer(
             HEAD_DIM, DIM,
         )  # fmt: skip
         grad_query = warpgroup_mma_wait(0, deps=[grad_query])
-        mbarrier.arrive(scores_free.index(before))
+        mbarrier.arrive(scores_free.index(slot))
         hand_over(
             grad_query, sums.index(CONSUMER), sums_filled.index(CONSUMER),
-            sums_free.index(CONSUMER), number - 1,
+            sums_free.index(CONSUMER), slot,
         )  # fmt: skip
         tma.store_wait(0)
         store_rows(
@@ -532,7 +535,6 @@ def backward_kernel(
     HEAD_DIM: gl.constexpr,
     DIM: gl.constexpr,
     STEP: gl.constexpr,
-    STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHERS_REGISTERS: gl.constexpr,
 ):
@@ -550,29 +552,29 @@ def backward_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     keys = gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, DIM], key_desc.layout)
     values = gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, DIM], value_desc.layout)
-    queries = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, STEP, DIM], query_desc.layout)
-    grad_outs = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, STEP, DIM], grad_out_desc.layout)
+    queries = gl.allocate_shared_memory(DTYPE, [SLOTS, 1, 1, STEP, DIM], query_desc.layout)
+    grad_outs = gl.allocate_shared_memory(DTYPE, [SLOTS, 1, 1, STEP, DIM], grad_out_desc.layout)
     grad_scores = gl.allocate_shared_memory(DTYPE, [4, HALF, STEP], SQUARE)
     sums = gl.allocate_shared_memory(gl.float32, [2, PART_ROWS, 32], grad_query_desc.layout)
-    sums_of_rows = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], PLAIN)
-    deltas_of_rows = gl.allocate_shared_memory(gl.float32, [STAGES, STEP], PLAIN)
-    masks = gl.allocate_shared_memory(gl.int32, [STAGES * 2, HALF, STEP // 32], PLAIN_ROWS)
+    sums_of_rows = gl.allocate_shared_memory(gl.float32, [SLOTS, STEP], PLAIN)
+    deltas_of_rows = gl.allocate_shared_memory(gl.float32, [SLOTS, STEP], PLAIN)
+    masks = gl.allocate_shared_memory(gl.int32, [SLOTS * 2, HALF, STEP // 32], PLAIN_ROWS)
     kv_filled = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     kv_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    query_filled = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
-    grad_out_filled = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    query_filled = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], BARRIER)
+    grad_out_filled = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     scores_filled = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     scores_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     sums_filled = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     sums_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(kv_free, count=2)
-    for slot in gl.static_range(STAGES):
+    for slot in gl.static_range(SLOTS):
         mbarrier.init(query_filled.index(slot), count=2)
         mbarrier.init(grad_out_filled.index(slot), count=2)
         mbarrier.init(free.index(slot), count=2)
-    mbarrier.init(query_filled.index(STAGES), count=1)
-    mbarrier.init(grad_out_filled.index(STAGES), count=1)
+    mbarrier.init(query_filled.index(SLOTS), count=1)
+    mbarrier.init(grad_out_filled.index(SLOTS), count=1)
     for slot in gl.static_range(2):
         mbarrier.init(kv_filled.index(slot), count=1)
         mbarrier.init(scores_filled.index(slot), count=2)
@@ -589,7 +591,7 @@ def backward_kernel(
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP, STAGES,
+                HEAD_DIM, DIM, STEP,
             )),
             (consumer, (
                 1, grad_key_desc, grad_key, grad_key_strides,
@@ -598,7 +600,7 @@ def backward_kernel(
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP, STAGES,
+                HEAD_DIM, DIM, STEP,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, grad_out_desc, log2_sums, deltas,
@@ -606,7 +608,7 @@ def backward_kernel(
                 num_heads, group_size, query_rows, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 kv_filled, kv_free, query_filled, grad_out_filled, free,
-                DIM, STEP, STAGES,
+                DIM, STEP,
             )),
             (adder, (
                 grad_query_desc, records, offsets, indices, num_heads, group_size,
