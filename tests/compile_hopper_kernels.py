@@ -29,10 +29,13 @@ from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
 CAPABILITY = 90
 PARTS_OF_TWO_PRODUCTS = 12  # instructions, at head size 64
 VARIANTS = (
-    (64, torch.bfloat16),
-    (96, torch.float16),
-    (128, torch.bfloat16),
-    (128, torch.float16),
+    ("forward", 64, torch.bfloat16),
+    ("forward", 96, torch.float16),
+    ("forward", 128, torch.bfloat16),
+    ("forward", 128, torch.float16),
+    ("backward", 64, torch.bfloat16),
+    ("backward", 96, torch.float16),
+    ("backward", 128, torch.bfloat16),
 )
 
 
@@ -147,7 +150,7 @@ def ptxas_report(ptx: str) -> tuple[list[str], int]:
 
 
 def spills_in_full_loops(sass: str) -> list[int]:
-    """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products."""
+    """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products or more."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -176,11 +179,12 @@ def disassemble(cubin: bytes) -> str:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
-    for head_dim, dtype in VARIANTS:
-        compiled = compile_forward(head_dim, dtype)
+    for kernel, head_dim, dtype in VARIANTS:
+        compile_kernel = compile_forward if kernel == "forward" else compile_backward
+        compiled = compile_kernel(head_dim, dtype)
         serialized, spilled = ptxas_report(compiled.asm["ptx"])
         record = {
-            "kernel": "forward",
+            "kernel": kernel,
             "head_dim": head_dim,
             "dtype": str(dtype),
             "shared": compiled.metadata.shared,

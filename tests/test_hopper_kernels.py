@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from numerics import Results, assert_close_to_reference, dense_attention, make_qkv, torch_attention
+from numerics import (
+    Inputs,
+    Results,
+    assert_close_to_reference,
+    dense_attention,
+    make_qkv,
+    torch_attention,
+)
 
 from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingWindow, TensorLayout
 from hf_blocksparse.block_index import BlockIndex, get_index
@@ -205,15 +212,8 @@ def check(case: Case) -> None:
     options = dict(scale=case.scale)
     exact = dense_attention(query.double(), key.double(), value.double(), mask, **options)
     other = torch_attention(query, key, value, mask, **options)
-    no_query = torch.ones(case.batch, 1, case.query_len, 1, dtype=torch.bool, device="cuda")
-    no_key = torch.ones(case.batch, 1, case.keys, 1, dtype=torch.bool, device="cuda")
     problem = problem_of(case, "cuda")
-    for batch, q_row, q_len, _, kv_row, kv_len, _ in problem.sequences.table.tolist():
-        no_query[batch, :, q_row : q_row + q_len] = False
-        no_key[batch, :, kv_row : kv_row + kv_len] = False
-    query.masked_fill_(no_query, math.nan)
-    key.masked_fill_(no_key, math.nan)
-    value.masked_fill_(no_key, math.nan)
+    hide_foreign_rows(case, problem, [query], [key, value])
     assert hopper.unsupported_forward(query, key, value, None, problem) == []
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
     assert (out.stride(1) < out.stride(2)) == (query.stride(1) < query.stride(2))
@@ -222,6 +222,20 @@ def check(case: Case) -> None:
         Results(*exact, None, None, None),
         Results(other[0], None, None, None, None),
     )
+
+
+def hide_foreign_rows(case: Case, problem: Problem, of_queries, of_keys) -> None:
+    """NaN in the rows of those tensors that belong to no sequence."""
+    no_query = torch.ones(case.batch, 1, case.query_len, dtype=torch.bool, device="cuda")
+    no_key = torch.ones(case.batch, 1, case.keys, dtype=torch.bool, device="cuda")
+    for batch, q_row, q_len, _, kv_row, kv_len, _ in problem.sequences.table.tolist():
+        no_query[batch, :, q_row : q_row + q_len] = False
+        no_key[batch, :, kv_row : kv_row + kv_len] = False
+    for tensors, is_foreign in ((of_queries, no_query), (of_keys, no_key)):
+        for tensor in tensors:
+            tensor.masked_fill_(
+                is_foreign if tensor.dim() == 3 else is_foreign[..., None], math.nan
+            )
 
 
 @on_hopper
@@ -234,6 +248,119 @@ def test_forward_matches_dense_attention(name):
 @pytest.mark.parametrize("name", ["causal", "documents", "head size 64", "head size 96"])
 def test_forward_matches_dense_attention_in_float16(name):
     check(replace(CASES[name], dtype=torch.float16))
+
+
+def check_backward(case: Case, has_grad_lse: bool = True) -> None:
+    """As `check`; output and LSE are the exact ones, rounded, so that no other kernel takes part."""
+    query, key, value = make_qkv(
+        case.batch,
+        case.heads,
+        case.kv_heads,
+        case.query_len,
+        case.keys,
+        case.head_dim,
+        case.head_dim,
+        dtype=case.dtype,
+        device="cuda",
+        rows_outside_heads=case.rows_outside_heads,
+    )
+    mask = case.mask().cuda()
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.empty_like(query).copy_(torch.randn(query.shape, generator=generator))
+    grad_lse = None
+    if has_grad_lse:
+        grad_lse = torch.randn(query.shape[:3], generator=generator).cuda()
+    inputs = Inputs(query, key, value, grad_out, grad_lse)
+
+    def attend_by(attention):
+        return lambda query, key, value, _: attention(query, key, value, mask, scale=case.scale)
+
+    exact = inputs.to(torch.float64).results(attend_by(dense_attention))
+    # torch's attention knows no LSE: it is asked where nothing flows back from there.
+    other = inputs.results(attend_by(dense_attention if has_grad_lse else torch_attention))
+    out = torch.empty_like(query).copy_(exact.out)
+    lse = exact.lse.float()
+    problem = problem_of(case, "cuda")
+    of_queries = [query, grad_out] if grad_lse is None else [query, grad_out, grad_lse]
+    hide_foreign_rows(case, problem, of_queries, [key, value])
+    assert hopper.unsupported_backward(query, key, value, None, problem) == []
+    grads = hopper.backward(
+        grad_out, grad_lse, query, key, value, out, lse, problem, problem.scale, (True,) * 3
+    )
+    for grad, tensor in zip(grads, (query, key, value), strict=True):
+        assert (grad.stride(1) < grad.stride(2)) == (tensor.stride(1) < tensor.stride(2))
+    assert_close_to_reference(
+        Results(None, lse, *grads),
+        Results(None, exact.lse, exact.grad_query, exact.grad_key, exact.grad_value),
+        Results(None, None, other.grad_query, other.grad_key, other.grad_value),
+    )
+
+
+@on_hopper
+@pytest.mark.parametrize("name", CASES)
+def test_backward_matches_dense_attention(name):
+    check_backward(CASES[name])
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["causal", "documents", "head size 64", "head size 96"])
+def test_backward_matches_dense_attention_in_float16(name):
+    check_backward(replace(CASES[name], dtype=torch.float16), has_grad_lse=False)
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(150))
+def test_backward_matches_dense_attention_at_random(seed):
+    check_backward(random_case(seed), has_grad_lse=seed % 2 == 0)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
+    case = replace(CASES["bigbird"], head_dim=head_dim)
+    shape = (1, 4, 2, 2048, 2048, head_dim, head_dim)
+    query, key, value = make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
+    problem = problem_of(case, "cuda")
+    out, lse = hopper.forward(query, key, value, problem, problem.scale)
+    given = (torch.randn_like(query), None, query, key, value, out, lse, problem, problem.scale)
+    _, *first = hopper.backward(*given, (True,) * 3)
+    for _ in range(20):
+        _, *again = hopper.backward(*given, (True,) * 3)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@on_hopper
+def test_backward_takes_any_gradient_and_gives_what_is_needed():
+    """No gradient of the output, one that is a constant without memory of its own, one whose last axis is not the fastest."""
+    case = CASES["head size 64"]
+    query, key, value = make_qkv(1, 4, 2, 1000, 1000, 64, 64, dtype=torch.bfloat16, device="cuda")
+    problem = problem_of(case, "cuda")
+    out, lse = hopper.forward(query, key, value, problem, problem.scale)
+
+    def grads(grad_out, needed=(True, True, True)):
+        given = (query, key, value, out, lse, problem, problem.scale, needed)
+        return hopper.backward(grad_out, None, *given)
+
+    constant = grads(torch.ones_like(out))
+    transposed = torch.ones_like(out).mT.contiguous().mT
+    for other in (grads(out.new_ones(1).expand_as(out)), grads(transposed)):
+        assert torch.equal(other[1], constant[1]) and torch.equal(other[2], constant[2])
+    assert all(grad.count_nonzero() == 0 for grad in grads(None))
+    assert grads(None, (False, True, False))[0] is grads(None, (False, True, False))[2] is None
+    assert grads(None, (False, False, False)) == (None, None, None)
+
+
+@on_hopper
+def test_backward_is_refused_where_it_must_be_reproducible():
+    query = torch.zeros(1, 1, 8, 64, device="cuda", dtype=torch.float16)
+    problem = problem_of(CASES["one token"], "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        reasons = hopper.unsupported_backward(query, query, query, None, problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "deterministic" in "; ".join(reasons)
+    assert hopper.unsupported_backward(query, query, query, None, problem) == []
 
 
 def random_case(seed: int) -> Case:
@@ -320,8 +447,9 @@ def test_every_reason_against_the_forward_kernel_is_given():
 def test_other_devices_are_refused():
     query = torch.zeros(1, 1, 8, 64)
     problem = problem_of(CASES["one token"], "cpu")
-    reasons = hopper.unsupported_forward(query, query, query, None, problem)
-    assert reasons == ["the device is not of compute capability 9.0"]
+    for unsupported in (hopper.unsupported_forward, hopper.unsupported_backward):
+        reasons = unsupported(query, query, query, None, problem)
+        assert reasons == ["the device is not of compute capability 9.0"]
 
 
 def walk(case: Case, num_multiprocessors: int) -> torch.Tensor:
@@ -405,3 +533,153 @@ def test_work_is_balanced():
     loads = steps[schedule.offsets.long()].diff()
     assert loads.sum() == 20 * (21 + 19 * 2)
     assert loads.max() <= 1.1 * loads.mean(), loads
+
+
+def walk_columns(case: Case) -> torch.Tensor:
+    """The mask that the backward kernel's work records add up to; every key row must be there once and every step valid."""
+    from hf_blocksparse.ops.hopper.work import make_column_schedule, transposed_bank
+
+    tile = hopper.TILE
+    group = case.heads // case.kv_heads
+    sequences = case.sequences("cpu")
+    index = case.index(sequences)
+    schedule = make_column_schedule(index, sequences, case.heads, case.kv_heads, 5)
+    words = transposed_bank(index)
+    assert words.shape == (index.bank.shape[0], tile, tile // 32)
+    bits = (words[..., None] >> torch.arange(32, dtype=torch.int32) & 1).bool().flatten(-2).mT
+    assert torch.equal(bits, index.bank_bits())
+    indices, mask_ids = index.q_indices.tolist(), index.q_mask_ids.tolist()
+    mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
+    seen = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.int32)
+    slots: dict[int, tuple[int, int]] = {}
+    lengths: dict[tuple[int, int], int] = {}
+    bounds = schedule.offsets.tolist()
+    assert all(last - first in (0, 1) for first, last in zip(bounds[:-1], bounds[1:], strict=True))
+    for members in schedule.records[: bounds[-1]].tolist():
+        total = sum(record[15] for record in members)
+        assert total >= 1
+        for member, record in enumerate(members):
+            batch, head, kv_row, kv_begin, kv_end, shift, q_begin, q_end, first_slot = record[:9]
+            partial, num_partial, full, starts, num_edges, num_masked, num_tiles, of_group = record[
+                9:17
+            ]
+            assert of_group == total
+            assert head % group == member
+            rows = torch.arange(kv_row, kv_row + tile)
+            own = (rows >= kv_begin) & (rows < kv_end)
+            if member == 0:
+                seen[batch, head // group, rows[own]] += 1
+                assert total <= lengths.get((batch, head), total), "long tiles of a head come first"
+                lengths[batch, head] = total
+            for step in range(num_tiles):
+                if step < num_partial:
+                    entry = partial + step
+                elif step < num_partial + num_edges:
+                    full_end = full + num_tiles - num_partial - num_edges
+                    entry = full - 1 if step - num_partial < starts else full_end
+                else:
+                    entry = full + step - num_partial - num_edges
+                number, mask_id = indices[entry], mask_ids[entry]
+                columns = torch.arange(tile) + number * tile + shift
+                inside = (columns >= q_begin) & (columns < q_end)
+                if q_begin == q_end:
+                    assert first_slot + number == -1 and num_masked == 1
+                    continue
+                assert inside.any()
+                slot = first_slot + number
+                assert 0 <= slot < schedule.num_slots
+                assert slots.setdefault(slot, (batch, int(columns[0]))) == (batch, int(columns[0]))
+                if step >= num_masked:
+                    assert mask_id == -1 and inside.all() and own.all()
+                kept = torch.ones(tile, tile, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
+                place = mask[batch, head, columns[inside][:, None], rows[own]]
+                assert not (place & kept[inside][:, own]).any(), "a tile is walked twice"
+                mask[batch, head, columns[inside][:, None], rows[own]] |= kept[inside][:, own]
+    expected = torch.zeros_like(seen)
+    for batch, _, _, _, kv_row, kv_len, _ in sequences.table.tolist():
+        expected[batch, :, kv_row : kv_row + kv_len] = 1
+    assert torch.equal(seen, expected)
+    return mask
+
+
+@without_gpu
+@pytest.mark.parametrize("name", WALKED)
+def test_work_lists_of_key_tiles_hold_every_tile_once(name):
+    case = CASES[name]
+    assert torch.equal(walk_columns(case), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("seed", range(6))
+def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
+    case = random_case(seed)
+    if case.index(case.sequences("cpu")).num_tiles:
+        assert torch.equal(walk_columns(case), case.mask())
+
+
+def as_handed_over(part: torch.Tensor) -> torch.Tensor:
+    """A 64 x 64 part of dQ in the order in which `backward_kernel.hand_over` leaves it."""
+    return part.reshape(4, 2, 4, 2, 4, 2, 4, 2).permute(4, 1, 0, 2, 3, 6, 5, 7).flatten()
+
+
+@without_gpu
+@pytest.mark.parametrize("head_dim", [40, 96])
+def test_row_terms_and_sums_of_grad_query(head_dim):
+    """What stands before the backward kernel and after it, in sequences that share tensor rows' tiles."""
+    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
+    from hf_blocksparse.ops.hopper.work import make_column_schedule
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    def rows(tensor):
+        return StridedRows(tensor, tensor.stride()[:3])
+
+    tile, dim = hopper.TILE, 64 if head_dim <= 64 else 128
+    case = CASES["tiles that start before the sequence"]
+    sequences = case.sequences("cpu")
+    schedule = make_column_schedule(case.index(sequences), sequences, case.heads, case.kv_heads, 5)
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.heads, case.query_len, head_dim)
+    out, grad_out = torch.randn(2, *shape, generator=generator)
+    lse, grad_lse = torch.randn(2, *shape[:3], generator=generator)
+    lse[:, :, 110] = float("-inf")
+    log2_sums, deltas = torch.full((2, *shape[:3]), math.nan)
+    sums = torch.full((schedule.num_slots, case.heads, tile * dim), math.nan)
+    items = sequences.q_items(tile)
+    grid = (items.shape[0], case.heads)
+    place = (items, sequences.table, schedule.first_slots)
+    prepare_kernel[grid](
+        rows(out), rows(grad_out), rows(lse), rows(grad_lse), rows(log2_sums), rows(deltas),
+        sums, *place, HEAD_DIM=head_dim, DIM=dim,
+    )  # fmt: skip
+    expected = (out * grad_out).sum(-1) - grad_lse
+    grad_query = torch.randn(shape, generator=generator)
+    is_own = torch.zeros(case.batch, case.query_len, dtype=torch.bool)
+    for number, (batch, q_row, q_len, q_pos, *_) in enumerate(sequences.table.tolist()):
+        own = slice(q_row, q_row + q_len)
+        is_own[batch, own] = True
+        has_key = lse[batch, :, own].isfinite()
+        assert torch.equal(log2_sums[batch, :, own].isposinf(), ~has_key)
+        torch.testing.assert_close(
+            log2_sums[batch, :, own][has_key], lse[batch, :, own][has_key] * math.log2(math.e)
+        )
+        torch.testing.assert_close(
+            deltas[batch, :, own], torch.where(has_key, expected[batch, :, own], 0)
+        )
+        for tile_number in range(q_pos // tile, (q_pos + q_len - 1) // tile + 1):
+            sums_of_tile = sums[int(schedule.first_slots[number]) + tile_number]
+            assert (sums_of_tile == 0).all()
+            padded = torch.full((case.heads, tile, dim), math.nan)
+            first = tile_number * tile - q_pos + q_row
+            start, stop = max(first, q_row), min(first + tile, q_row + q_len)
+            padded[:, start - first : stop - first, :head_dim] = grad_query[batch, :, start:stop]
+            for head in range(case.heads):
+                # Parts lie row by row: of 64 rows and columns, in the order of steps and consumers.
+                squares = padded[head].reshape(2, 64, dim // 64, 64).transpose(1, 2).flatten(0, 1)
+                sums_of_tile[head] = torch.cat([as_handed_over(square) for square in squares])
+    assert log2_sums.transpose(1, 2)[~is_own].isnan().all()
+    assert deltas.transpose(1, 2)[~is_own].isnan().all()
+    stored = torch.full(shape, 7.0).transpose(1, 2).contiguous().transpose(1, 2)
+    store_kernel[grid](sums, rows(stored), *place, 0.5, HEAD_DIM=head_dim, DIM=dim)
+    assert torch.equal(
+        stored, torch.where(is_own[:, None, :, None], 0.5 * grad_query, torch.tensor(7.0))
+    )

@@ -50,13 +50,32 @@ def takes_forward(
     problem: Problem,
 ) -> bool:
     """Whether a call that `ops/triton` can run is better run by `forward`."""
-    # Smaller blocks would fill the tiles of their unions badly.
-    suits_tiles = problem.block_size == 1 or problem.block_size % TILE == 0
     return (
-        suits_tiles
+        _suits_tiles(problem)
         and not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
     )
+
+
+def takes_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+) -> bool:
+    """Whether a call that `ops/triton` can run is better run by `backward`."""
+    return (
+        _suits_tiles(problem)
+        and not problem.portable
+        and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
+    )
+
+
+def _suits_tiles(problem: Problem) -> bool:
+    # Smaller blocks would fill the tiles of their unions badly.
+    return problem.block_size == 1 or problem.block_size % TILE == 0
 
 
 def _unsupported(
@@ -113,15 +132,11 @@ def unsupported_backward(
     problem: Problem,
     alibi_slopes: Tensor | None = None,
 ) -> list[str]:
-    """Every reason why the backward kernel should not run a call that `ops/triton` can; empty if it should."""
+    """Every reason why the backward kernel cannot run a call that `ops/triton` can; empty if it can."""
     reasons = _unsupported(query, key, value, sinks, problem, alibi_slopes)
     if torch.are_deterministic_algorithms_enabled():
         reasons.append(
             "deterministic algorithms are asked for, and the order of its sums for dQ varies"
-        )
-    if 1 < problem.block_size < TILE:
-        reasons.append(
-            f"blocks have {problem.block_size} tokens (needs {TILE}, or a layout exact to the token)"
         )
     return reasons
 
@@ -338,13 +353,11 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
 
 def backward_constants(head_dim: int) -> dict[str, Any]:
     """What the backward kernel is compiled for besides the types of its arguments."""
-    dim = _padded(head_dim)
+    is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
-        DIM=dim,
-        STEP=64
-        * 128
-        // dim,  # query rows of a step, with which its tiles have the same size for both head sizes
+        DIM=_padded(head_dim),
+        STEP=128 if is_small else 64,  # query rows of a step
         CONSUMER_REGISTERS=240,
         OTHERS_REGISTERS=24,
     )

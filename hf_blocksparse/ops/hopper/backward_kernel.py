@@ -472,9 +472,7 @@ def consumer(
         slot = (last - 1) & 1
         mbarrier.wait(scores_filled.index(slot), ((last - 1) >> 1) & 1)
         no_sums = gl.zeros([64, 64], gl.float32, SUMS)
-        grad_query = multiply_for_grad_query(
-            grad_scores, keys, slot, no_sums, CONSUMER, DIM, STEP
-        )
+        grad_query = multiply_for_grad_query(grad_scores, keys, slot, no_sums, CONSUMER, DIM, STEP)
         batch = gl.load(of_tile)
         kv_head = gl.load(of_tile + 1) // group_size
         row = gl.load(of_tile + 2) + CONSUMER * HALF
@@ -506,7 +504,16 @@ def consumer(
 
 
 # One kernel for all lengths and numbers of heads, also where they are 1 or multiples of 16.
-@gluon.jit(do_not_specialize=["num_heads", "group_size", "query_rows", "key_rows"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_heads",
+        "group_size",
+        "query_rows",
+        "key_rows",
+        "grad_key_strides",
+        "grad_value_strides",
+    ]
+)
 def backward_kernel(
     query_desc,
     key_desc,

@@ -75,8 +75,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ColumnSchedule:
-    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles from `offsets[i]` to
-    `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
+    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles from `offsets[i]`
+    to `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
     """
 
     records: Tensor
@@ -354,7 +354,8 @@ def _first_slots(sequences: Sequences) -> Tensor:
 def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tensor) -> None:
     """Key tiles that nobody reads get a step in which every query is masked: the kernel then needs no path of its own for them.
 
-    The step takes entry 0 for a mask, no query row is the sequence's, and what it adds to dQ lies before the sums, where nothing is written.
+    The step takes entry 0 for a mask, no query row is the sequence's, and what it adds to dQ lies before the sums, where the TMA writes
+    nothing.
     """
     for field, value in (
         (COLUMN_Q_BEGIN, 0),
