@@ -129,7 +129,7 @@ def attention_backward(
     """
     query, scale = _with_positive_scale(query, problem.scale)
     query, key, value = map(_with_unit_stride, (query, key, value))
-    grad_query, grad_key, grad_value, grad_sinks = _launch().launch_backward(
+    grad_query, grad_key, grad_value, grad_sinks = _run_backward(
         grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
         problem, scale, needed,
     )  # fmt: skip
@@ -163,6 +163,30 @@ def _run_forward(
     return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
 
 
+def _run_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if hopper.takes_backward(query, key, value, sinks, alibi_slopes, problem):
+        return *hopper.backward(
+            grad_out, grad_lse, query, key, value, out, lse, problem, scale, needed
+        ), None
+    return _launch().launch_backward(
+        grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
+        problem, scale, needed,
+    )  # fmt: skip
+
+
 class _Attention(Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, alibi_slopes, problem, scale):  # type: ignore[no-untyped-def]
@@ -184,7 +208,7 @@ class _Attention(Function):
         if torch.is_grad_enabled():
             gradients = _AttentionBackward.apply(*arguments)
         else:
-            gradients = _launch().launch_backward(*arguments)
+            gradients = _run_backward(*arguments)
         return *gradients, None, None, None
 
 
@@ -196,7 +220,7 @@ class _AttentionBackward(Function):
         ctx, grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
         problem, scale, needed,
     ):  # fmt: skip
-        return _launch().launch_backward(
+        return _run_backward(
             grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
             problem, scale, needed,
         )  # fmt: skip
