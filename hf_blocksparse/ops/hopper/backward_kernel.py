@@ -242,7 +242,10 @@ def adder(
                     part = (tile * num_heads + head) * PARTS + step * 2
                     for half in gl.static_range(2):
                         mbarrier.wait(sums_filled.index(half), number & 1)
-                        tma_add(grad_query_desc, [(part + half) * PART_ROWS, 0], sums.index(half))
+                        # A step that stands for none has no slot, and the TMA takes no rows before a tensor's first.
+                        if tile >= 0:
+                            where = [(part + half) * PART_ROWS, 0]
+                            tma_add(grad_query_desc, where, sums.index(half))
                     tma.store_wait(1)
                     mbarrier.arrive(sums_free.index(0))
                     tma.store_wait(0)

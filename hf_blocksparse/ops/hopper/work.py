@@ -354,8 +354,7 @@ def _first_slots(sequences: Sequences) -> Tensor:
 def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tensor) -> None:
     """Key tiles that nobody reads get a step in which every query is masked: the kernel then needs no path of its own for them.
 
-    The step takes entry 0 for a mask, no query row is the sequence's, and what it adds to dQ lies before the sums, where the TMA writes
-    nothing.
+    The step takes entry 0 for a mask, no query row is the sequence's, and its slot is -1, which gets nothing added.
     """
     for field, value in (
         (COLUMN_Q_BEGIN, 0),
