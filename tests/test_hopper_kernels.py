@@ -214,7 +214,7 @@ def check(case: Case) -> None:
     other = torch_attention(query, key, value, mask, **options)
     problem = problem_of(case, "cuda")
     hide_foreign_rows(case, problem, [query], [key, value])
-    assert hopper.unsupported_forward(query, key, value, None, problem) == []
+    assert hopper.unsupported_forward(query, key, value, None, problem) == ()
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
     assert (out.stride(1) < out.stride(2)) == (query.stride(1) < query.stride(2))
     assert_close_to_reference(
@@ -283,7 +283,7 @@ def check_backward(case: Case, has_grad_lse: bool = True) -> None:
     problem = problem_of(case, "cuda")
     of_queries = [query, grad_out] if grad_lse is None else [query, grad_out, grad_lse]
     hide_foreign_rows(case, problem, of_queries, [key, value])
-    assert hopper.unsupported_backward(query, key, value, None, problem) == []
+    assert hopper.unsupported_backward(query, key, value, None, problem) == ()
     grads = hopper.backward(
         grad_out, grad_lse, query, key, value, out, lse, problem, problem.scale, (True,) * 3
     )
@@ -360,7 +360,7 @@ def test_backward_is_refused_where_it_must_be_reproducible():
     finally:
         torch.use_deterministic_algorithms(False)
     assert "deterministic" in "; ".join(reasons)
-    assert hopper.unsupported_backward(query, query, query, None, problem) == []
+    assert hopper.unsupported_backward(query, query, query, None, problem) == ()
 
 
 def random_case(seed: int) -> Case:
@@ -449,7 +449,7 @@ def test_other_devices_are_refused():
     problem = problem_of(CASES["one token"], "cpu")
     for unsupported in (hopper.unsupported_forward, hopper.unsupported_backward):
         reasons = unsupported(query, query, query, None, problem)
-        assert reasons == ["the device is not of compute capability 9.0"]
+        assert reasons == ("the device is not of compute capability 9.0",)
 
 
 def walk(case: Case, num_multiprocessors: int) -> torch.Tensor:

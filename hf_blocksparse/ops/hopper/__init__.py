@@ -10,8 +10,8 @@ Triton is imported at the first call, not with this module.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,6 @@ ALIGNMENT_BYTES = 16
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _tma_strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """Strides for a tensor descriptor; None if the TMA cannot address the tensor."""
-    from hf_blocksparse.ops.triton.launch import descriptor_strides
-
-    if tensor.data_ptr() % ALIGNMENT_BYTES or tensor.stride(-1) != 1:
-        return None
-    return descriptor_strides(
-        "cuda", 90, tuple(tensor.shape), tensor.stride(), tensor.element_size()
-    )
 
 
 def takes_forward(
@@ -78,6 +67,28 @@ def _suits_tiles(problem: Problem) -> bool:
     return problem.block_size == 1 or problem.block_size % TILE == 0
 
 
+class Operand(NamedTuple):
+    """All of a tensor that decides whether the kernels can run a call."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    misalignment: int  # of the address, in bytes
+
+
+def _operand(tensor: Tensor) -> Operand:
+    return Operand(tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT_BYTES)
+
+
+@lru_cache(maxsize=1024)
+def _strides_for_tma(operand: Operand, itemsize: int) -> tuple[int, ...] | None:
+    """Strides for a tensor descriptor; None if the TMA cannot address the tensor."""
+    from hf_blocksparse.ops.triton.launch import descriptor_strides
+
+    if operand.misalignment or operand.strides[-1] != 1:
+        return None
+    return descriptor_strides("cuda", 90, operand.shape, operand.strides, itemsize)
+
+
 def _unsupported(
     query: Tensor,
     key: Tensor,
@@ -85,31 +96,43 @@ def _unsupported(
     sinks: Tensor | None,
     problem: Problem,
     alibi_slopes: Tensor | None,
-) -> list[str]:
+) -> tuple[str, ...]:
     if query.device.type != "cuda" or not _is_hopper(query.device):
-        return ["the device is not of compute capability 9.0"]
+        return ("the device is not of compute capability 9.0",)
+    absent = {
+        "a softcap": problem.softcap is None,
+        "sinks": sinks is None,
+        "ALiBi slopes": alibi_slopes is None,
+        "dropout": not problem.dropout_p,
+    }
+    return _reasons_against(
+        query.dtype,
+        _operand(query),
+        _operand(key),
+        _operand(value),
+        tuple(name for name, is_absent in absent.items() if not is_absent),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _reasons_against(
+    dtype: torch.dtype, query: Operand, key: Operand, value: Operand, features: tuple[str, ...]
+) -> tuple[str, ...]:
     reasons = []
-    if query.dtype not in DTYPES:
-        reasons.append(f"dtype is {query.dtype} (needs float16 or bfloat16)")
+    if dtype not in DTYPES:
+        reasons.append(f"dtype is {dtype} (needs float16 or bfloat16)")
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if head_dim % 8 or not 32 < head_dim <= 128:
         reasons.append(f"head_dim is {head_dim} (needs a multiple of 8 from 40 to 128)")
     if value_dim != head_dim:
         reasons.append(f"value_dim is {value_dim} (needs head_dim, {head_dim})")
-    if problem.softcap is not None:
-        reasons.append("there is a softcap")
-    if sinks is not None:
-        reasons.append("there are sinks")
-    if alibi_slopes is not None:
-        reasons.append("there are ALiBi slopes")
-    if problem.dropout_p:
-        reasons.append("there is dropout")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if _tma_strides(tensor) is None:
+    reasons += [f"there are {name}" if name[-1] == "s" else f"there is {name}" for name in features]
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if _strides_for_tma(operand, dtype.itemsize) is None:
             reasons.append(
-                f"{name} has strides {tensor.stride()} or an address that are no multiples of {ALIGNMENT_BYTES} bytes"
+                f"{name} has strides {operand.strides} or an address that are no multiples of {ALIGNMENT_BYTES} bytes"
             )
-    return reasons
+    return tuple(reasons)
 
 
 def unsupported_forward(
@@ -119,7 +142,7 @@ def unsupported_forward(
     sinks: Tensor | None,
     problem: Problem,
     alibi_slopes: Tensor | None = None,
-) -> list[str]:
+) -> tuple[str, ...]:
     """Every reason why the forward kernel cannot run a call that `ops/triton` can; empty if it can."""
     return _unsupported(query, key, value, sinks, problem, alibi_slopes)
 
@@ -131,12 +154,12 @@ def unsupported_backward(
     sinks: Tensor | None,
     problem: Problem,
     alibi_slopes: Tensor | None = None,
-) -> list[str]:
+) -> tuple[str, ...]:
     """Every reason why the backward kernel cannot run a call that `ops/triton` can; empty if it can."""
     reasons = _unsupported(query, key, value, sinks, problem, alibi_slopes)
     if torch.are_deterministic_algorithms_enabled():
-        reasons.append(
-            "deterministic algorithms are asked for, and the order of its sums for dQ varies"
+        reasons += (
+            "deterministic algorithms are asked for, and the order of its sums for dQ varies",
         )
     return reasons
 
@@ -195,6 +218,7 @@ def forward(
             ),
             forward_constants(head_dim),
             dict(num_warps=4),
+            (query.dtype, *out.stride()[:3]),
         )
     return out, lse
 
@@ -246,7 +270,7 @@ def backward(
     if index.num_tiles:
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        elif _tma_strides(grad_out) is None:
+        elif _strides_for_tma(_operand(grad_out), grad_out.element_size()) is None:
             grad_out = grad_out.contiguous()
         dim = _padded(head_dim)
         constants = backward_constants(head_dim)
@@ -316,6 +340,7 @@ def backward(
                 ),
                 constants,
                 dict(num_warps=4),
+                (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
             )
             launch(
                 store_kernel,
@@ -337,6 +362,7 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+@cache
 def forward_constants(head_dim: int) -> dict[str, Any]:
     """What the forward kernel is compiled for besides the types of its arguments."""
     # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not.
@@ -351,6 +377,7 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
     )
 
 
+@cache
 def backward_constants(head_dim: int) -> dict[str, Any]:
     """What the backward kernel is compiled for besides the types of its arguments."""
     is_small = head_dim <= 64
@@ -371,19 +398,22 @@ def _descriptor(tensor: Tensor, rows: int) -> Any:
     """A descriptor of blocks of `rows` rows of one head; columns past the head size read as zero and are not written."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, rows, _padded(tensor.shape[-1])]
-    strides = _tma_strides(tensor)
+    from hf_blocksparse.ops.triton.launch import descriptor_of
+
+    strides = _strides_for_tma(_operand(tensor), tensor.element_size())
     assert strides is not None
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(strides), block, _layout(rows, block[-1], tensor.dtype)
-    )
+    columns = _padded(tensor.shape[-1])
+    layout = _layout(rows, columns, tensor.dtype)
+    return descriptor_of(TensorDescriptor, tensor, strides, (1, 1, rows, columns), layout)
 
 
 def _sums_descriptor(sums: Tensor) -> Any:
     """A descriptor of the parts that dQ is added up in: 64 x 64 numbers as 128 rows of 32."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(sums, list(sums.shape), [32, 1], [128, 32], _sums_layout())
+    from hf_blocksparse.ops.triton.launch import descriptor_of
+
+    return descriptor_of(TensorDescriptor, sums, (32, 1), (128, 32), _sums_layout())
 
 
 @cache

@@ -57,6 +57,7 @@ of full entries that do, number of query tiles with a mask, number of query tile
 DEALT_TO = 4
 # A tile is long if this many of its kind fill a multiprocessor's share.
 LONG = 4
+PERSISTENT_COLUMNS = True
 # What a tile costs beside its steps, in steps.
 TILE_OVERHEAD = 1
 
@@ -269,6 +270,28 @@ def _order(
     return torch.argsort(group * (steps.max() + 1) + steps.max() - steps, stable=True)
 
 
+def _deal_out(costs: Tensor, num_multiprocessors: int) -> tuple[Tensor, Tensor]:
+    """Lists for `num_multiprocessors`, fewer where there are fewer tiles: the tiles, list by list, and where each list begins and ends.
+
+    `costs`: of the tiles in the order in which they are dealt out, 0 for those that belong to no list.
+    """
+    num_tiles = costs.shape[0]
+    num_programs = min(num_multiprocessors, num_tiles)
+    owners = torch.empty_like(costs)
+    assign_kernel[(1,)](
+        costs,
+        owners,
+        num_tiles,
+        num_programs,
+        max(1, num_programs // DEALT_TO),
+        NUM_SLOTS=triton.next_power_of_2(num_multiprocessors),
+    )
+    owners = torch.where(costs > 0, owners, num_programs)
+    owners, by_owner = torch.sort(owners, stable=True)
+    bounds = torch.arange(num_programs + 1, device=costs.device)
+    return by_owner, torch.searchsorted(owners, bounds).to(torch.int32)
+
+
 @torch.inference_mode(False)  # a schedule outlives the call
 def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_multiprocessors: int
@@ -281,29 +304,12 @@ def make_schedule(
     describe_kernel[(num_items, heads)](
         records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=TILE
     )
-    num_tiles = records.shape[0]
-    num_programs = min(num_multiprocessors, num_tiles)
     steps = records[:, STEPS].long()
-    is_used = steps > 0
-    costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
+    costs = torch.where(steps > 0, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0] * heads + records[:, 1]
-    order = _order(group, steps, costs, sequences.batch * heads, num_programs)
-    owners = torch.empty_like(costs)
-    assign_kernel[(1,)](
-        costs[order],
-        owners,
-        num_tiles,
-        num_programs,
-        max(1, num_programs // DEALT_TO),
-        NUM_SLOTS=triton.next_power_of_2(num_multiprocessors),
-    )
-    owners = torch.where(is_used[order], owners, num_programs)
-    owners, by_owner = torch.sort(owners, stable=True)
-    bounds = torch.arange(num_programs + 1, device=items.device)
-    return Schedule(
-        records[order[by_owner]].contiguous(),
-        torch.searchsorted(owners, bounds).to(torch.int32),
-    )
+    order = _order(group, steps, costs, sequences.batch * heads, num_multiprocessors)
+    by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
+    return Schedule(records[order[by_owner]].contiguous(), offsets)
 
 
 @torch.inference_mode(False)
@@ -334,10 +340,15 @@ def make_column_schedule(
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
     order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
-    offsets = torch.arange(records.shape[0] + 1, dtype=torch.int32, device=items.device)
+    if PERSISTENT_COLUMNS:
+        by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
+        order = order[by_owner]
+    else:
+        offsets = torch.arange(records.shape[0] + 1, dtype=torch.int32, device=items.device)
+        offsets = torch.minimum(offsets, is_used.sum(dtype=torch.int32))
     return ColumnSchedule(
         records[order],
-        torch.minimum(offsets, is_used.sum(dtype=torch.int32)),
+        offsets,
         first_slots,
         sequences.q_items(TILE).shape[0],
     )

@@ -30,6 +30,7 @@ REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
 _compiled: dict[tuple[Any, ...], Any] = {}
+_checked_descriptors: dict[tuple[Any, ...], dict[str, Any]] = {}
 _lists_of: WeakKeyDictionary[BlockIndex, tuple[TileLists, TileLists]] = WeakKeyDictionary()
 
 
@@ -195,19 +196,21 @@ def launch(
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
     options: dict[str, Any],
+    kind: tuple[Any, ...] | None = None,
 ) -> None:
     """Run a kernel; `constants` are its last parameters, in their order, `options` the compiler's (`num_warps`, ...).
 
     Triton finds the compiled variant by asking each of some sixty values whether it is 1 or a multiple of 16, which takes longer than
     a short attention. The answers follow from the strides and alignments in `_kind_of`, so the variant is looked up by those and
-    started as a compiled kernel.
+    started as a compiled kernel. A caller that knows what they follow from gives that as `kind`.
     """
     if IS_INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
     device = torch.cuda.current_device()
-    kinds = map(_kind_of, arguments)
-    variant = (kernel.__name__, device, *kinds, *constants.values(), *options.values())
+    if kind is None:
+        kind = tuple(map(_kind_of, arguments))
+    variant = (kernel.__name__, device, kind, *constants.values(), *options.values())
     compiled = _compiled.get(variant)
     if compiled is not None:
         compiled[grid](*arguments, *constants.values())
@@ -312,8 +315,32 @@ def _descriptor(tensor: Tensor, tile: int) -> TensorDescriptor | None:
     )
     if strides is None or tensor.data_ptr() % 16:
         return None
-    block = [1, 1, tile, _padded(tensor.shape[-1])]
-    return TensorDescriptor(tensor, list(tensor.shape), list(strides), block)
+    return descriptor_of(TensorDescriptor, tensor, strides, (1, 1, tile, _padded(tensor.shape[-1])))
+
+
+def descriptor_of(
+    descriptor_class: type,
+    tensor: Tensor,
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    layout: Any = None,
+) -> Any:
+    """`descriptor_class(tensor, shape, strides, block, layout)`, whose checks are made once for tensors that are alike.
+
+    `tensor` is aligned; `layout`, where the class takes one, follows from class, block and dtype.
+    """
+    alike = (descriptor_class, tensor.shape, strides, block, tensor.dtype)
+    checked = _checked_descriptors.get(alike)
+    if checked is None:
+        layouts = () if layout is None else (layout,)
+        made = descriptor_class(tensor, list(tensor.shape), list(strides), list(block), *layouts)
+        if len(_checked_descriptors) >= REMEMBERED_VARIANTS:
+            _checked_descriptors.clear()
+        _checked_descriptors[alike] = {k: v for k, v in vars(made).items() if k != "base"}
+        return made
+    descriptor = object.__new__(descriptor_class)
+    vars(descriptor).update(checked, base=tensor)
+    return descriptor
 
 
 @lru_cache(maxsize=1024)
