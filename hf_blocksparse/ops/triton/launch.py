@@ -5,6 +5,7 @@ Imports Triton, so it is itself imported at the first call only.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
+from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
+from hf_blocksparse.ops.triton.decode_sizes import (
+    DecodeSizes,
+    decode_sizes,
+    has_few_queries,
+    num_splits,
+)
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -26,6 +34,8 @@ IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly."""
 
 LOG2_E = 1.4426950408889634
+SPLITS_AT_ONCE = 16
+MAX_INT32 = 2**31 - 1
 REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
@@ -44,6 +54,8 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, without gradients; `scale` is positive."""
     batch, heads, query_len, _ = query.shape
+    if has_few_queries(query_len, key.shape[2], problem.dropout_p):
+        return _launch_decode(query, key, value, sinks, alibi_slopes, problem, scale)
     sizes = _sizes(query, value, problem, "forward")
     index = problem.index_for(sizes.tile_q, sizes.tile_kv)
     items = problem.sequences.q_items(sizes.tile_q)
@@ -78,6 +90,101 @@ def launch_forward(
             _constants(query, value, sizes),
             _options(sizes),
         )
+    return out, lse
+
+
+def _launch_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` where queries are few."""
+    batch, heads, query_len, head_dim = query.shape
+    sequences, value_dim = problem.sequences, value.shape[-1]
+    group_size = heads // key.shape[1]
+    sizes = decode_sizes(
+        *backend_of(query.device),
+        head_dim,
+        value_dim,
+        query.element_size(),
+        problem.block_size,
+    )
+    index = problem.index_for(sizes.tile_q, sizes.tile_kv, True)
+    # Heads of one key head whose lists differ are walked one by one: their union would be read for each of them.
+    heads_per_list = math.gcd(group_size, index.heads_per_list)
+    members = min(_padded(heads_per_list), sizes.max_rows)
+    packs = heads // heads_per_list * -(-heads_per_list // members)
+    queries = max(16 // members, min(_padded(query_len), sizes.tile_q, sizes.max_rows // members))
+    tiles = (query_len + sizes.tile_q - 2) // sizes.tile_q + 1
+    if sequences.is_uniform:
+        last_tile = (sequences.query_end - 1) // sizes.tile_q
+        tiles = last_tile - sequences.query_begin // sizes.tile_q + 1
+    chunks_per_tile = -(-min(query_len, sizes.tile_q) // queries)
+    num_programs = sequences.num_sequences * -(-query_len // queries) * packs
+    splits = num_splits(num_programs, index.longest_row, query.device)
+
+    out = empty_rows_like(query, value_dim)
+    lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+    num_rows = lse.numel()
+    partials = None
+    if splits > 1:
+        values = query.new_empty(splits, num_rows, value_dim, dtype=torch.float32)
+        maxima, sums = query.new_empty(2, splits, num_rows, dtype=torch.float32)
+        partials = Partials(values, maxima, sums)
+        if not sequences.covers_queries:
+            sums.zero_()
+    elif not sequences.covers_queries:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    out_rows, lse_rows = _rows(out), _rows(lse)
+    score_scale, softcap_scale = _score_scales(scale, problem.softcap)
+    constants = _constants(query, value, sizes)
+    precision = constants.pop("INPUT_PRECISION")
+    with current_device(query.device):
+        launch(
+            decode_kernel,
+            (sequences.num_sequences * tiles * chunks_per_tile, packs, splits),
+            (
+                _rows(query),
+                _rows(key),
+                _rows(value),
+                sinks,
+                out_rows,
+                lse_rows,
+                partials,
+                sequences.table,
+                tile_lists(index)[0],
+                index.first_q_tile,
+                tiles * chunks_per_tile,
+                chunks_per_tile,
+                heads_per_list,
+                heads,
+                num_rows,
+                query_len,
+                score_scale,
+                softcap_scale,
+                _slopes(alibi_slopes, score_scale),
+                group_size,
+            ),
+            constants | dict(QUERIES=queries, MEMBERS=members, INPUT_PRECISION=precision),
+            _options(sizes),
+        )
+        if partials is not None:
+            launch(
+                combine_kernel,
+                (num_rows, 1, 1),
+                (partials, out_rows, lse_rows, splits, num_rows, heads, query_len),
+                dict(
+                    VALUE_DIM=value_dim,
+                    VALUE_DIM_PADDED=_padded(value_dim),
+                    SPLITS_AT_ONCE=SPLITS_AT_ONCE,
+                ),
+                {},
+            )
     return out, lse
 
 
@@ -222,13 +329,21 @@ def launch(
 def _kind_of(argument: Any) -> Any:
     """What Triton may compile into a kernel of an argument's value."""
     kind = type(argument)
+    if kind is int:
+        # A one is a constant; of the others Triton looks at the size and at divisibility. They grow with every token of a cache.
+        return 1 if argument == 1 else (argument % 16 == 0, -MAX_INT32 <= argument <= MAX_INT32)
     if kind is StridedRows:
         tensor, strides = argument
-        return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16, strides)
+        return None if tensor is None else (_kind_of(tensor), *map(_kind_of, strides))
     if kind is TileLists:
-        return argument.sequence_stride, argument.head_stride, argument.num_tiles
+        _, sequence_stride, head_stride, *_, num_tiles = argument
+        return _kind_of(sequence_stride), _kind_of(head_stride), _kind_of(num_tiles)
+    if kind is Partials:
+        return tuple(map(_kind_of, argument))
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
+        # On AMD's chips, pointers into less than 2 GiB are compiled for that.
+        is_small = torch.version.hip and argument.untyped_storage().nbytes() <= MAX_INT32
+        return argument.dtype, argument.data_ptr() % 16, is_small
     if kind is Dropout:
         return argument.threshold
     if kind is float or hasattr(argument, "block_shape"):
@@ -258,7 +373,7 @@ def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction)
     )
 
 
-def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]:
+def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
     precision = "ieee"
     # The property answers for torch's old and new ways of allowing TF32 alike.
     if query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -274,7 +389,7 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]
     )
 
 
-def _options(sizes: TileSizes) -> dict[str, Any]:
+def _options(sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
     return dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
 
 
