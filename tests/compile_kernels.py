@@ -19,8 +19,8 @@ from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query
 from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
 from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
-from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
 from hf_blocksparse.ops.triton.launch import SPLITS_AT_ONCE
+from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
 TARGETS = {

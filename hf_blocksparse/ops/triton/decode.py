@@ -27,9 +27,11 @@ from hf_blocksparse.ops.triton.tiles import (
 
 
 class Partials(NamedTuple):
-    """What the splits leave, float32 and contiguous: `outputs` [splits, batch * heads * query_len, value_dim], the others without value_dim.
+    """What the splits leave of each row, contiguous float32.
 
-    A sum of 0 says that the row met no key, whatever its outputs hold.
+    `outputs`: [splits, batch * heads * query_len, value_dim]; `maxima`, `sums`: [splits, batch * heads * query_len].
+
+    Where a sum is 0 the row met no key, and the other two may hold anything.
     """
 
     outputs: Any
