@@ -36,6 +36,7 @@ IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 LOG2_E = 1.4426950408889634
 SPLITS_AT_ONCE = 16
 MAX_INT32 = 2**31 - 1
+IS_HIP = torch.version.hip is not None
 REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
@@ -329,26 +330,42 @@ def launch(
 def _kind_of(argument: Any) -> Any:
     """What Triton may compile into a kernel of an argument's value."""
     kind = type(argument)
-    if kind is int:
-        # A one is a constant; of the others Triton looks at the size and at divisibility. They grow with every token of a cache.
-        return 1 if argument == 1 else (argument % 16 == 0, -MAX_INT32 <= argument <= MAX_INT32)
     if kind is StridedRows:
-        tensor, strides = argument
-        return None if tensor is None else (_kind_of(tensor), *map(_kind_of, strides))
+        tensor, (batch, head, row) = argument
+        if tensor is None:
+            return None
+        return _kind_of_tensor(tensor), _kind_of_int(batch), _kind_of_int(head), _kind_of_int(row)
+    if kind is int:
+        return _kind_of_int(argument)
+    if kind is float or argument is None:
+        return kind
     if kind is TileLists:
-        _, sequence_stride, head_stride, *_, num_tiles = argument
-        return _kind_of(sequence_stride), _kind_of(head_stride), _kind_of(num_tiles)
+        strides = argument.sequence_stride, argument.head_stride, argument.num_tiles
+        return tuple(map(_kind_of_int, strides))
     if kind is Partials:
-        return tuple(map(_kind_of, argument))
+        return tuple(map(_kind_of_tensor, argument))
     if isinstance(argument, Tensor):
-        # On AMD's chips, pointers into less than 2 GiB are compiled for that.
-        is_small = torch.version.hip and argument.untyped_storage().nbytes() <= MAX_INT32
-        return argument.dtype, argument.data_ptr() % 16, is_small
+        return _kind_of_tensor(argument)
     if kind is Dropout:
         return argument.threshold
-    if kind is float or hasattr(argument, "block_shape"):
+    if hasattr(argument, "block_shape"):
         return kind  # a descriptor's type follows from the constants
     return argument
+
+
+def _kind_of_int(value: int) -> int:
+    """A one is a constant; of others Triton looks at divisibility by 16 and at the size. Strides grow with every key of a cache."""
+    if value == 1:
+        return 1
+    return (2 if value % 16 else 3) if -MAX_INT32 <= value <= MAX_INT32 else -(value % 16 == 0)
+
+
+def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    if not IS_HIP:
+        return tensor.dtype, tensor.data_ptr() % 16
+    # There, pointers into less than 2 GiB are compiled for that.
+    is_small = tensor.untyped_storage().nbytes() <= MAX_INT32
+    return tensor.dtype, tensor.data_ptr() % 16, is_small
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
