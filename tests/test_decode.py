@@ -43,13 +43,13 @@ CPU = torch.device("cpu")
 def decoded(monkeypatch):
     """Counts the calls that the decode kernels ran."""
     calls = Counter()
-    run = launch._launch_decode
+    run = launch.launch_decode
 
     def counted(*arguments):
         calls["decode"] += 1
         return run(*arguments)
 
-    monkeypatch.setattr(launch, "_launch_decode", counted)
+    monkeypatch.setattr(launch, "launch_decode", counted)
     return calls
 
 
@@ -438,7 +438,7 @@ def test_steps_cost_no_more_with_a_longer_cache(is_causal, monkeypatch):
             visited.add(int(index.kv_offsets[0, tile : tile + 2].diff()))
             return query, query
 
-        monkeypatch.setattr(launch, "launch_forward", attention)
+        monkeypatch.setattr(launch, "launch_decode", attention)
         one = torch.zeros(1, 1, 1, 16)
         for kv_len in range(length, length + 3000, 7):
             key = one.expand(1, 1, kv_len, 16)

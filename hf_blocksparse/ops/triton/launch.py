@@ -23,7 +23,6 @@ from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_ke
 from hf_blocksparse.ops.triton.decode_sizes import (
     DecodeSizes,
     decode_sizes,
-    has_few_queries,
     num_splits,
 )
 from hf_blocksparse.ops.triton.forward import forward_kernel
@@ -55,8 +54,6 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, without gradients; `scale` is positive."""
     batch, heads, query_len, _ = query.shape
-    if has_few_queries(query_len, key.shape[2], problem.dropout_p):
-        return _launch_decode(query, key, value, sinks, alibi_slopes, problem, scale)
     sizes = _sizes(query, value, problem, "forward")
     index = problem.index_for(sizes.tile_q, sizes.tile_kv)
     items = problem.sequences.q_items(sizes.tile_q)
@@ -94,7 +91,7 @@ def launch_forward(
     return out, lse
 
 
-def _launch_decode(
+def launch_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,7 +100,7 @@ def _launch_decode(
     problem: Problem,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`launch_forward` where queries are few."""
+    """`launch_forward` for the calls of which `has_few_queries` is true."""
     batch, heads, query_len, head_dim = query.shape
     sequences, value_dim = problem.sequences, value.shape[-1]
     group_size = heads // key.shape[1]
