@@ -486,9 +486,9 @@ def get_index(
     keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways torch
     does not count (through `.data` or numpy).
     """
-    query_begin, query_end, key_end = 0, sequences.query_end, sequences.key_end
-    if of_queries_alone and 2 * (query_end - sequences.query_begin) < query_end:
-        query_begin = sequences.query_begin // tile_q * tile_q
+    query_end, key_end = sequences.query_end, sequences.key_end
+    are_few = of_queries_alone and 2 * (query_end - sequences.query_begin) < query_end
+    query_begin = sequences.query_begin // tile_q * tile_q if are_few else 0
     options = dict(
         is_causal=is_causal,
         num_heads=num_heads,
@@ -512,7 +512,7 @@ def get_index(
         key = (layout, *options.values(), sequences)
         return _cache.get(key, lambda: build_index_per_sequence(layout, sequences, None, **options))
     # With causality a row's list does not change with the length, so one index serves the lengths below its own.
-    if is_causal and query_begin and query_end <= key_end:
+    if is_causal and are_few and query_end <= key_end:
         options["query_begin"] = query_begin // QUERY_SPAN * QUERY_SPAN
         query_end = key_end = -(-query_end // QUERY_SPAN) * QUERY_SPAN
     elif is_causal and query_end <= key_end:

@@ -521,3 +521,29 @@ def test_the_index_of_a_few_queries():
     assert whole.first_q_tile == 0
     prompt = Sequences.uniform(1, 700, 1000, 300, CPU)
     assert get_index(SINK, prompt, **options, of_queries_alone=True).first_q_tile == 0
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sparse"])
+@pytest.mark.parametrize("pad", [0, 3])
+def test_generation_builds_one_index_for_its_steps(cache, pad, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_blocksparse import SparseCache, patch_model
+
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, vocab_size=40, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    patch_model(model, SinkWindow(2, 20))
+    tokens = torch.arange(1, 41)[None].repeat(2, 1) % 39 + 1
+    mask = torch.ones_like(tokens)
+    mask[1, :pad] = 0
+    built = builds_of(monkeypatch)
+    options = dict(do_sample=False, max_new_tokens=30, min_new_tokens=30)
+    if cache == "static":
+        options |= dict(cache_implementation="static", disable_compile=True)
+    elif cache == "sparse":
+        options["past_key_values"] = SparseCache(model)
+    model.generate(tokens, attention_mask=mask, **options)
+    assert len(built) <= 2, "one for the prompt, one for all steps"
