@@ -314,6 +314,40 @@ def test_results_do_not_depend_on_sizes_and_splits(device, monkeypatch, poisoned
         check(CASES["padding on both sides"], device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_nobody_do_not_depend_on_what_memory_held(device, monkeypatch):
+    """No split writes them: sums that happen to be positive there must not count."""
+    allocate = torch.Tensor.new_empty
+
+    def ones(*arguments, **options):
+        return allocate(*arguments, **options).fill_(1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", ones)
+    for splits in (1, 2):
+        monkeypatch.setattr(launch, "num_splits", lambda *_, splits=splits: splits)
+        check(replace(CASES["padding on both sides"], heads=2), device)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_with_other_numbers():
+    def step(seed: int):
+        return make_qkv(2, 8, 2, 1, 3000, 64, 64, dtype=torch.bfloat16, device="cuda", seed=seed)
+
+    def attend(query, key, value):
+        return block_sparse_attention(query, key, value, SinkWindow(64, 960), is_causal=True)
+
+    held, other = step(0), step(1)
+    expected = attend(*other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*held)
+    for tensor, new in zip(held, other, strict=True):
+        tensor.copy_(new)
+    graph.replay()
+    assert torch.equal(out, expected)
+    clear_cache()
+
+
 def sequences_of(table, batch, query_len, kv_len, device) -> Sequences:
     return Sequences(
         torch.tensor(table, dtype=torch.int32, device=device),
