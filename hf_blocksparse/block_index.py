@@ -53,13 +53,9 @@ class BlockIndex:
     q_mask_ids: Tensor
     bank: Tensor
     empty_rows: Tensor  # positions of queries without a key in some list, on the host, ascending
-    first_q_tile: (
-        int  # earlier query tiles have no lists here; 0 but where a few queries were asked for
-    )
+    first_q_tile: int  # earlier query tiles have no lists here
     longest_row: int  # key tiles of the longest list
-    heads_per_list: (
-        int  # runs of so many query heads, counted from the first, share a list in every sequence
-    )
+    heads_per_list: int  # runs of so many query heads share a list; 0 where all do
 
     @property
     def num_lists(self) -> int:
@@ -209,10 +205,13 @@ def _build(
 
 
 def _heads_per_list(list_of: Tensor) -> int:
-    """The most heads that divide all heads into runs, each with one list. `list_of` is on the host, [sequences, heads or 1]."""
+    """The size of the longest runs into which all heads divide and which have one list each, 0 (divisible by any size) for one list.
+
+    `list_of`: on the host, [sequences, heads or 1].
+    """
     heads = list_of.shape[1]
     if heads == 1:
-        return 0  # any number
+        return 0
     sizes = (size for size in range(heads, 0, -1) if heads % size == 0)
     runs = ((size, list_of.unflatten(1, (-1, size))) for size in sizes)
     return next(size for size, run in runs if torch.equal(run, run[..., :1].expand_as(run)))
