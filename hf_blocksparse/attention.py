@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -17,7 +18,7 @@ from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.capture import check_values_readable, keep_for_capture
 from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
 from hf_blocksparse.ops.problem import Problem, TensorSpec
-from hf_blocksparse.sequences import Sequences
+from hf_blocksparse.sequences import KV_LEN, Q_POS, Sequences
 
 Implementation = Literal["auto", "triton", "torch"]
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -247,9 +248,10 @@ def _resolve_sequences(
         check_values_readable(query.device, "key_padding_mask")
         key_padding_mask = key_padding_mask.to(query.device)
         resolved = Sequences.from_key_padding(key_padding_mask, query_len, query_start)
-        has_holes = key_padding_mask.sum() != resolved.table[:, 5].sum()
-        holes = key_padding_mask[:, None, None, :] if bool(has_holes) else None
-        return resolved, holes
+        has_holes = key_padding_mask.sum() != resolved.table[:, KV_LEN].sum()
+        facts = torch.stack((has_holes, resolved.table[:, Q_POS].amin())).tolist()
+        holes = key_padding_mask[:, None, None, :] if facts[0] else None
+        return replace(resolved, query_begin=max(0, facts[1])), holes
     return Sequences.uniform(batch, query_len, kv_len, query_start, query.device), None
 
 
@@ -602,25 +604,30 @@ def make_problem(
     # The backward builds its index from the mask again.
     mask_owner = mask if mask_owner is None else mask_owner
     mask_version = _version_of(mask_owner)
+    # A single query at the last key reads no later one, so causality hides nothing and gives an index that serves later steps, too.
+    is_last = where.is_uniform and query.shape[2] == 1 and where.query_end == where.key_end
+    hides_later = is_causal or (is_last and not layout.depends_on_length(False))
     # Without a mask an index of this problem is right for as long as somebody keeps it.
-    known: dict[tuple[int, int], ReferenceType[BlockIndex]] = {}
+    known: dict[tuple[int, int, bool], ReferenceType[BlockIndex]] = {}
 
-    def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
-        index = known[tile_q, tile_kv]() if (tile_q, tile_kv) in known else None
+    def index_for(tile_q: int, tile_kv: int, of_queries_alone: bool = False) -> BlockIndex:
+        asked = tile_q, tile_kv, of_queries_alone
+        index = known[asked]() if asked in known else None
         if index is None:
-            index = find_index(tile_q, tile_kv)
+            index = find_index(*asked)
             if mask is None:
-                known[tile_q, tile_kv] = ref(index)
+                known[asked] = ref(index)
         keep_for_capture(device, index)
         return index
 
-    def find_index(tile_q: int, tile_kv: int) -> BlockIndex:
+    def find_index(tile_q: int, tile_kv: int, of_queries_alone: bool) -> BlockIndex:
         options: dict[str, Any] = dict(
-            is_causal=is_causal,
+            is_causal=hides_later,
             num_heads=heads,
             tile_q=tile_q,
             tile_kv=tile_kv,
             device=device,
+            of_queries_alone=of_queries_alone,
         )
         index = get_index(layout, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():
@@ -648,9 +655,8 @@ def make_problem(
 
 
 def _check_rows(index: BlockIndex, where: Sequences, layout: Layout, is_causal: bool) -> None:
-    first = int(where.table[0, 3]) if where.is_uniform else 0
     empty = index.empty_rows
-    empty = empty[(empty >= first) & (empty < where.query_end)]
+    empty = empty[(empty >= where.query_begin) & (empty < where.query_end)]
     if empty.numel():
         raise ValueError(
             f"layout got {layout!r}, which leaves {empty.numel()} queries without a key (first: position {int(empty[0])}"

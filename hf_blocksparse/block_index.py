@@ -30,6 +30,8 @@ from hf_blocksparse.sequences import BATCH, KV_LEN, KV_POS, KV_ROW, Q_LEN, Q_POS
 CACHED_INDICES = 128
 CACHED_BYTES = 2 << 30
 CACHED_INDICES_PER_MASK = 16
+# Positions per index of a few queries: decoding builds one in so many tokens, of the tiles that their rows keep.
+QUERY_SPAN = 1024
 # Coefficients evaluated at a time while the bank is filled.
 CHUNK = 1 << 24
 
@@ -51,6 +53,9 @@ class BlockIndex:
     q_mask_ids: Tensor
     bank: Tensor
     empty_rows: Tensor  # positions of queries without a key in some list, on the host, ascending
+    first_q_tile: int  # earlier query tiles have no lists here
+    longest_row: int  # key tiles of the longest list
+    heads_per_list: int  # runs of so many query heads share a list; 0 where all do
 
     @property
     def num_lists(self) -> int:
@@ -78,14 +83,17 @@ class BlockIndex:
         partial = self.num_tiles - int(self.kv_num_full.sum())
         return (
             f"BlockIndex(tile={self.tile_q}x{self.tile_kv}, lists={self.num_lists}, "
-            f"grid={self.num_q_tiles}x{self.num_kv_tiles}, tiles={self.num_tiles} ({partial} partial), "
+            f"grid={self.num_q_tiles}x{self.num_kv_tiles}, "
+            + (f"first_q_tile={self.first_q_tile}, " if self.first_q_tile else "")
+            + f"tiles={self.num_tiles} ({partial} partial), "
             f"masks={self.bank.shape[0]}, {self.num_bytes / 2**20:.2f} MiB)"
         )
 
-    def bank_bits(self) -> Tensor:
-        """The bank unpacked: bool `[num_masks, tile_q, tile_kv]`."""
-        bits = torch.arange(min(32, self.tile_kv), dtype=torch.int32, device=self.bank.device)
-        return (self.bank[..., None] >> bits & 1).bool().flatten(-2)
+    def bank_bits(self, masks: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """The bank unpacked, or some `rows` of some `masks` of it: bool `[num_masks, tile_q, tile_kv]`."""
+        words = (self.bank if masks is None else self.bank[masks])[:, rows]
+        bits = torch.arange(min(32, self.tile_kv), dtype=torch.int32, device=words.device)
+        return (words[..., None] >> bits & 1).bool().flatten(-2)
 
     def to_dense(self, query_len: int, kv_len: int) -> Tensor:
         """The dense mask of each list, bool `[num_lists, query_len, kv_len]`. For tests and pictures."""
@@ -104,15 +112,15 @@ class BlockIndex:
     def _entries_to_dense(
         self, offsets, indices, mask_ids, num_full, *, transposed: bool
     ) -> Tensor:
-        rows, cols = self.num_q_tiles * self.tile_q, self.num_kv_tiles * self.tile_kv
+        num_q_tiles = self.first_q_tile + self.num_q_tiles
+        rows, cols = num_q_tiles * self.tile_q, self.num_kv_tiles * self.tile_kv
         dense = torch.zeros(self.num_lists, rows, cols, dtype=torch.bool)
         bits = self.bank_bits().cpu()
         for number, line in enumerate(offsets.tolist()):
             for tile, (start, end) in enumerate(zip(line[:-1], line[1:], strict=True)):
                 for place in range(start, end):
-                    q, kv = (
-                        (int(indices[place]), tile) if transposed else (tile, int(indices[place]))
-                    )
+                    other = int(indices[place])
+                    q, kv = (other, tile) if transposed else (self.first_q_tile + tile, other)
                     mask_id = int(mask_ids[place])
                     if (mask_id < 0) != (place - start < int(num_full[number, tile])):
                         raise AssertionError("full tiles must come first and have no mask")
@@ -142,17 +150,19 @@ def _build(
     list_of: Tensor,
     tile_q: int,
     tile_kv: int,
+    query_begin: int,
     query_end: int,
     key_end: int,
     device: torch.device,
 ) -> BlockIndex:
     check_not_capturing(device, "the block index of this layout")
-    num_q, num_kv = -(-query_end // tile_q), -(-key_end // tile_kv)
+    first_q = query_begin // tile_q
+    num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []
     bank_parts: list[Tensor] = []
     first_list = num_masks = 0
     for group in groups:
-        grid = TileGrid(tile_q, tile_kv, num_q, num_kv, group.heads, device)
+        grid = TileGrid(tile_q, tile_kv, num_q, num_kv, group.heads, device, first_q)
         codes, mask_ids, bank = _tiles_of_rule(group.rule, grid)
         parts.append(
             (
@@ -171,17 +181,40 @@ def _build(
     number, q = row // num_q, row % num_q
     is_partial = (mask_ids >= 0).long()
     kv_side = _lists(number, q, kv, is_partial, mask_ids, first_list, num_q, num_kv)
-    q_side = _lists(number, kv, q, is_partial, mask_ids, first_list, num_kv, num_q)
-    packed = _pack_bits(bank)
+    q_offsets, q_num_full, q_indices, q_mask_ids = _lists(
+        number, kv, q, is_partial, mask_ids, first_list, num_kv, num_q
+    )
+    empty_rows = _empty_rows(
+        number, q, kv, mask_ids, bank, first_list, num_q, query_end - first_q * tile_q, key_end
+    )
     return BlockIndex(
         tile_q,
         tile_kv,
         list_of.to(device=device, dtype=torch.int32),
         *kv_side,
-        *q_side,
-        packed,
-        _empty_rows(number, q, kv, mask_ids, bank, first_list, num_q, query_end, key_end),
+        q_offsets,
+        q_num_full,
+        q_indices + first_q,
+        q_mask_ids,
+        _pack_bits(bank),
+        empty_rows + first_q * tile_q,
+        first_q,
+        int(torch.bincount(row).max()) if row.numel() else 0,
+        _heads_per_list(list_of),
     )
+
+
+def _heads_per_list(list_of: Tensor) -> int:
+    """The size of the longest runs into which all heads divide and which have one list each, 0 (divisible by any size) for one list.
+
+    `list_of`: on the host, [sequences, heads or 1].
+    """
+    heads = list_of.shape[1]
+    if heads == 1:
+        return 0
+    sizes = (size for size in range(heads, 0, -1) if heads % size == 0)
+    runs = ((size, list_of.unflatten(1, (-1, size))) for size in sizes)
+    return next(size for size, run in runs if torch.equal(run, run[..., :1].expand_as(run)))
 
 
 def _tiles_of_rule(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +282,7 @@ def _pack_bits(masks: Tensor) -> Tensor:
 
 
 def _empty_rows(number, q, kv, mask_ids, bank, num_lists, num_q, query_end, key_end) -> Tensor:
-    """Positions before `query_end` that some list leaves without a key before `key_end`."""
+    """Rows before `query_end`, counted from the first tile's, that some list leaves without a key before `key_end`."""
     tile_q, tile_kv = bank.shape[1:]
     line = number * num_q + q
     full = mask_ids < 0
@@ -301,12 +334,13 @@ def build_index(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    query_begin: int = 0,
 ) -> BlockIndex:
-    """The index of `layout` (intersected with causality) for positions up to `query_end` and `key_end`."""
+    """The index of `layout` (intersected with causality) for queries of `[query_begin, query_end)` and keys up to `key_end`."""
     context = RuleContext(is_causal, max(query_end, key_end), num_heads, device)
     groups, list_of = _groups_by_head(layout, context, None)
     numbers = torch.tensor([list_of[:1] if len(set(list_of)) == 1 else list_of])
-    return _build(groups, numbers, tile_q, tile_kv, query_end, key_end, device)
+    return _build(groups, numbers, tile_q, tile_kv, query_begin, query_end, key_end, device)
 
 
 def build_index_per_sequence(
@@ -319,6 +353,7 @@ def build_index_per_sequence(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    query_begin: int = 0,
 ) -> BlockIndex:
     """The index where lists differ between sequences: the layout depends on their length, or there is an `attn_mask`.
 
@@ -336,7 +371,8 @@ def build_index_per_sequence(
         else:
             key = tuple(line)
         if key not in known:
-            extra = None if attn_mask is None else _mask_rule(attn_mask, line)
+            first_row = query_begin // tile_q * tile_q
+            extra = None if attn_mask is None else _mask_rule(attn_mask, line, first_row)
             context = RuleContext(is_causal, length, num_heads, device)
             added, list_of = _groups_by_head(layout, context, extra)
             known[key] = (sum(len(group.heads) for group in groups), list_of)
@@ -348,24 +384,26 @@ def build_index_per_sequence(
         torch.tensor(numbers).view(-1, num_heads),
         tile_q,
         tile_kv,
+        query_begin,
         sequences.query_end,
         sequences.key_end,
         device,
     )
 
 
-def _mask_rule(attn_mask: Tensor, line: list[int]) -> Table:
-    """A caller's mask in the positions of one sequence."""
+def _mask_rule(attn_mask: Tensor, line: list[int], first_row: int) -> Table:
+    """A caller's mask in the positions of one sequence, queries from `first_row` on."""
     part = attn_mask[
         line[BATCH] if attn_mask.shape[0] > 1 else 0,
         :,
         line[Q_ROW] : line[Q_ROW] + line[Q_LEN],
         line[KV_ROW] : line[KV_ROW] + line[KV_LEN],
     ]
-    part = torch.nn.functional.pad(part, (line[KV_POS], 0, line[Q_POS], 0))
+    rows_before = max(line[Q_POS] - first_row, 0)  # a sequence without queries may stand anywhere
+    part = torch.nn.functional.pad(part, (line[KV_POS], 0, rows_before, 0))
     if not part.numel():
         part = part.new_zeros(part.shape[0], max(1, part.shape[1]), max(1, part.shape[2]))
-    return Table(part, 1)
+    return Table(part, 1, first_row)
 
 
 class _IndexCache:
@@ -436,15 +474,27 @@ def get_index(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    of_queries_alone: bool = False,
 ) -> BlockIndex:
     """The index for a call, from the cache where it is known.
+
+    With `of_queries_alone` it may leave out the query tiles before `sequences.query_begin`, and does where queries are few: what a
+    decoding step costs is then that of the tiles its rows keep, at any length, and with causality one index serves `QUERY_SPAN` steps.
 
     The key holds everything the index depends on: layout, causality, heads, tile shape, lengths in tiles, device. A caller's mask is
     keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways torch
     does not count (through `.data` or numpy).
     """
+    query_end, key_end = sequences.query_end, sequences.key_end
+    are_few = of_queries_alone and 2 * (query_end - sequences.query_begin) < query_end
+    query_begin = sequences.query_begin // tile_q * tile_q if are_few else 0
     options = dict(
-        is_causal=is_causal, num_heads=num_heads, tile_q=tile_q, tile_kv=tile_kv, device=device
+        is_causal=is_causal,
+        num_heads=num_heads,
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        device=device,
+        query_begin=query_begin,
     )
     if attn_mask is not None:
         owner = attn_mask if mask_owner is None else mask_owner
@@ -460,9 +510,11 @@ def get_index(
     if layout.depends_on_length(is_causal) and not sequences.is_uniform:
         key = (layout, *options.values(), sequences)
         return _cache.get(key, lambda: build_index_per_sequence(layout, sequences, None, **options))
-    query_end, key_end = sequences.query_end, sequences.key_end
-    if is_causal and query_end <= key_end:
-        # With causality a row's list does not change with the length, so one index serves the lengths below its own.
+    # With causality a row's list does not change with the length, so one index serves the lengths below its own.
+    if is_causal and are_few and query_end <= key_end:
+        options["query_begin"] = query_begin // QUERY_SPAN * QUERY_SPAN
+        query_end = key_end = -(-query_end // QUERY_SPAN) * QUERY_SPAN
+    elif is_causal and query_end <= key_end:
         query_end, key_end = _round_up(query_end, tile_q), _round_up(key_end, tile_kv)
     key = (layout, *options.values(), query_end, key_end)
     return _cache.get(

@@ -59,7 +59,8 @@ def common_intervals(first: Intervals, second: Intervals) -> Intervals:
 class TileGrid:
     """All tiles of one shape over `num_q_tiles x num_kv_tiles`, once for each entry of `heads`.
 
-    A tile's code is `(slot * num_q_tiles + q) * num_kv_tiles + kv`, slot being the place of its head in `heads`.
+    Query tiles count from `first_q_tile`, so that a grid may hold the rows of a few queries alone. A tile's code is
+    `(slot * num_q_tiles + q) * num_kv_tiles + kv`, slot being the place of its head in `heads`.
     """
 
     tile_q: int
@@ -68,6 +69,12 @@ class TileGrid:
     num_kv_tiles: int
     heads: tuple[int, ...]
     device: torch.device
+    first_q_tile: int = 0
+
+    @property
+    def first_row(self) -> int:
+        """The query position that the grid begins at."""
+        return self.first_q_tile * self.tile_q
 
     def arange(self, end: int) -> Tensor:
         return torch.arange(end, dtype=torch.int64, device=self.device)
@@ -108,7 +115,7 @@ class Tiles:
 
     @cached_property
     def row_start(self) -> Tensor:
-        return self.q * self.grid.tile_q
+        return self.grid.first_row + self.q * self.grid.tile_q
 
     @cached_property
     def col_start(self) -> Tensor:
@@ -186,7 +193,7 @@ class IntervalRule(Rule):
         return grid.expand_rows(*self._tile_range(grid))
 
     def _tile_range(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
-        row_start = grid.arange(grid.num_q_tiles) * grid.tile_q
+        row_start = grid.first_row + grid.arange(grid.num_q_tiles) * grid.tile_q
         first, last = self.columns(row_start, row_start + grid.tile_q - 1)
         return first // grid.tile_kv, last // grid.tile_kv + 1
 
@@ -290,17 +297,19 @@ def _block_pattern_keys(rule: Rule, tiles: Tiles, block_size: int) -> list[Tenso
 class Table(Rule):
     """`table[head, row // block_size, col // block_size]`, for calls whose positions lie inside the table.
 
-    Tiles may reach past its end, where no position exists. What lies there counts as kept, by `bounds` and `visible` alike, so that
-    a tile at the end is as full as one before it and both may share a mask.
+    Tiles may reach past its ends, where no position exists. What lies there counts as kept, by `bounds` and `visible` alike, so that
+    a tile at an end is as full as one before it and both may share a mask.
 
     Args:
         table: bool `[1 or heads, rows, cols]`, on the device the index is built on.
         block_size: tokens per entry and axis; 1 for a per-coefficient mask.
+        first_row: position of the first row; not 0 only with `block_size=1`.
     """
 
-    def __init__(self, table: Tensor, block_size: int):
+    def __init__(self, table: Tensor, block_size: int, first_row: int = 0):
         self.table = table
         self.block_size = block_size
+        self.first_row = first_row
         self.varies_by_head = table.shape[0] > 1
         self._pooled: dict[TileGrid, tuple[Tensor, Tensor]] = {}
 
@@ -308,22 +317,22 @@ class Table(Rule):
         return head if self.varies_by_head else torch.zeros_like(head)
 
     def visible(self, head: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        row, col = row // self.block_size, col // self.block_size
+        row, col = (row - self.first_row) // self.block_size, col // self.block_size
         num_rows, num_cols = self.table.shape[1:]
-        outside = (row >= num_rows) | (col >= num_cols)
-        row, col = row.clamp(max=num_rows - 1), col.clamp(max=num_cols - 1)
+        outside = (row < 0) | (row >= num_rows) | (col >= num_cols)
+        row, col = row.clamp(0, num_rows - 1), col.clamp(max=num_cols - 1)
         return self.table[self._head(head), row, col] | outside
 
     def pooled(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
         """`(some, every)` of each tile, `[1 or heads, num_q_tiles, num_kv_tiles]`."""
         if grid not in self._pooled:
             some = every = self.table
-            for axis, tile, count in (
-                (1, grid.tile_q, grid.num_q_tiles),
-                (2, grid.tile_kv, grid.num_kv_tiles),
+            for axis, start, tile, count in (
+                (1, grid.first_row - self.first_row, grid.tile_q, grid.num_q_tiles),
+                (2, 0, grid.tile_kv, grid.num_kv_tiles),
             ):
-                some = _pool(some, axis, tile, count, self.block_size, torch.any, False)
-                every = _pool(every, axis, tile, count, self.block_size, torch.all, True)
+                some = _pool(some, axis, start, tile, count, self.block_size, torch.any, False)
+                every = _pool(every, axis, start, tile, count, self.block_size, torch.all, True)
             self._pooled[grid] = (some, every & some)
         return self._pooled[grid]
 
@@ -344,16 +353,28 @@ class Table(Rule):
         return _block_pattern_keys(self, tiles, self.block_size)
 
 
-def _pool(table: Tensor, axis: int, tile: int, count: int, block_size: int, reduce_axis, outside):
-    """One axis of a block table at tile grain; `outside` stands for entries past the table's end."""
+def _pool(
+    table: Tensor,
+    axis: int,
+    start: int,
+    tile: int,
+    count: int,
+    block_size: int,
+    reduce_axis,
+    outside,
+):
+    """One axis of a block table at tile grain, `count` tiles from token `start` on; `outside` stands for entries past the table's ends."""
     if tile >= block_size:
         per_tile = tile // block_size
-        table = table.narrow(axis, 0, min(table.shape[axis], count * per_tile))
+        first, total, size = start // block_size, count * per_tile, table.shape[axis]
+        before = min(max(-first, 0), total)
+        first = min(max(first, 0), size)
+        table = table.narrow(axis, first, min(total - before, size - first))
         padding = [0, 0] * (table.dim() - axis)
-        padding[-1] = count * per_tile - table.shape[axis]
+        padding[-2:] = [before, total - before - table.shape[axis]]
         table = torch.nn.functional.pad(table, padding, value=outside)
         return reduce_axis(table.unflatten(axis, (count, per_tile)), dim=axis + 1)
-    block = torch.arange(count, device=table.device) * tile // block_size
+    block = (start + torch.arange(count, device=table.device) * tile) // block_size
     inside = block < table.shape[axis]
     taken = table.index_select(axis, block.clamp(max=table.shape[axis] - 1))
     shape = [1] * table.dim()
@@ -433,12 +454,13 @@ class RandomBlocks(Rule):
 
     def enumerate(self, grid: TileGrid) -> Tensor:
         rows = grid.num_q_tiles * _blocks_per_tile(grid.tile_q, self.block_size)
-        row = grid.arange(rows) * max(1, min(grid.tile_q, self.block_size))
+        row = grid.first_row + grid.arange(rows) * max(1, min(grid.tile_q, self.block_size))
         heads = torch.tensor(grid.heads, dtype=torch.int64, device=grid.device)
         picks = self._picks_of_rows(heads[:, None], row[None])  # [slots, rows, count]
         per_block = _blocks_per_tile(self.block_size, grid.tile_kv)
         tile = picks[..., None] * self.block_size // grid.tile_kv + grid.arange(per_block)
-        line = grid.arange(len(grid.heads))[:, None] * grid.num_q_tiles + row // grid.tile_q
+        line = grid.arange(len(grid.heads))[:, None] * grid.num_q_tiles
+        line = line + row // grid.tile_q - grid.first_q_tile
         codes = line[:, :, None, None] * grid.num_kv_tiles + tile
         kept = (picks >= 0)[..., None] & (tile < grid.num_kv_tiles)
         return torch.unique(codes[kept])

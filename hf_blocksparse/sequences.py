@@ -28,6 +28,7 @@ class Sequences:
         covers_queries: every query row of the batch belongs to a sequence.
         covers_keys: every key row of the batch belongs to a sequence.
         is_uniform: the sequences differ in their batch row alone.
+        query_begin: no query has an earlier position. A host number, a lower bound where the table lives on a device.
     """
 
     table: Tensor
@@ -39,6 +40,7 @@ class Sequences:
     covers_queries: bool
     covers_keys: bool
     is_uniform: bool = False
+    query_begin: int = 0
     _items: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -209,8 +211,10 @@ def _uniform(
 ) -> Sequences:
     check_not_capturing(device, "the table of sequences for these lengths")
     rows = [[b, 0, query_len, query_start, 0, kv_len, 0] for b in range(batch)]
+    # Decoding makes a table in every step: from pinned memory the copy does not wait for the device.
+    on_host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
     return Sequences(
-        torch.tensor(rows, dtype=torch.int32, device=device).view(batch, 7),
+        on_host.to(device, non_blocking=True).view(batch, 7),
         batch=batch,
         query_len=query_len,
         kv_len=kv_len,
@@ -219,4 +223,5 @@ def _uniform(
         covers_queries=True,
         covers_keys=True,
         is_uniform=True,
+        query_begin=query_start,
     )

@@ -395,6 +395,7 @@ def _sequences_of_padding(
     first: Tensor | None = None
     last: Tensor | None = None
     has_holes = False
+    query_begin = 0 if isinstance(q_offset, Tensor) else q_offset
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
             raise ValueError(
@@ -411,8 +412,9 @@ def _sequences_of_padding(
         real = attention_mask.to(device)
         first = torch.where(real, place, length).amin(1)
         last = torch.where(real, place + 1, 0).amax(1)
-        state = torch.stack(((real.sum(1) < last - first).any(), real.all())).tolist()
+        state = torch.stack(((real.sum(1) < last - first).any(), real.all(), first.amax())).tolist()
         has_holes = bool(state[0])
+        query_begin = max(0, query_begin - state[2])
         if state[1]:
             first = last = None
     is_whole = first is None
@@ -450,6 +452,7 @@ def _sequences_of_padding(
         key_end=keys_end,
         covers_queries=is_whole,
         covers_keys=covers_keys,
+        query_begin=query_begin,
     )
     return sequences, has_holes, is_whole
 

@@ -16,7 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
+from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
+from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
+from hf_blocksparse.ops.triton.launch import SPLITS_AT_ONCE
 from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
@@ -99,6 +102,11 @@ def descriptor(dtype: str, tile: int | None, dim: int) -> Argument | Constant:
     return Argument(f"tensordesc<{dtype}[1,1,{tile},{padded(dim)}]>")
 
 
+def tile_lists() -> TileLists:
+    index = pointer("i32")
+    return TileLists(index, INT, INT, index, index, index, index, index, INT)
+
+
 def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool) -> dict[str, Any]:
     """Arguments of `KERNELS[name]` by parameter, as the launcher makes them."""
     value_dim = case.value_dim or case.head_dim
@@ -114,17 +122,7 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
         "value": rows(case, case.dtype),
         "items": int_pointer,
         "table": int_pointer,
-        "lists": TileLists(
-            int_pointer,
-            INT,
-            INT,
-            int_pointer,
-            int_pointer,
-            int_pointer,
-            int_pointer,
-            int_pointer,
-            INT,
-        ),
+        "lists": tile_lists(),
         "score_scale": FLOAT,
         "softcap_scale": FLOAT if case.features else none,
         "alibi_slopes": pointer("fp32") if case.features else none,
@@ -188,11 +186,97 @@ def compile_kernel(
     )
 
 
+def partials() -> Partials:
+    return Partials(pointer("fp32"), pointer("fp32"), Argument("*fp32"))
+
+
+def compile_decode(
+    target: GPUTarget, case: Case, sizes: DecodeSizes, queries: int, is_split: bool
+) -> Any:
+    value_dim = case.value_dim or case.head_dim
+    none = Constant(None)
+    members = min(padded(case.group_size), sizes.max_rows)
+    arguments = {
+        "query": rows(case, case.dtype),
+        "key": rows(case, case.dtype),
+        "value": rows(case, case.dtype),
+        "sinks": pointer("fp32") if case.features else none,
+        "out": rows(case, case.dtype),
+        "lse": row_values(),
+        "partials": partials() if is_split else none,
+        "table": pointer("i32"),
+        "lists": tile_lists(),
+        "first_tile": INT,
+        "num_slots": INT,
+        "chunks_per_tile": INT,
+        "heads_per_list": INT,
+        "num_heads": INT,
+        "num_rows": INT,
+        "query_len": Constant(1) if queries == 1 else INT,
+        "score_scale": FLOAT,
+        "softcap_scale": FLOAT if case.features else none,
+        "alibi_slopes": pointer("fp32") if case.features else none,
+        "group_size": Constant(1) if case.group_size == 1 else INT,
+        "HEAD_DIM": Constant(case.head_dim),
+        "HEAD_DIM_PADDED": Constant(padded(case.head_dim)),
+        "VALUE_DIM": Constant(value_dim),
+        "VALUE_DIM_PADDED": Constant(padded(value_dim)),
+        "TILE_Q": Constant(sizes.tile_q),
+        "TILE_KV": Constant(sizes.tile_kv),
+        "QUERIES": Constant(max(16 // members, min(queries, sizes.max_rows // members))),
+        "MEMBERS": Constant(members),
+        "INPUT_PRECISION": Constant("ieee"),
+    }
+    options = {
+        "num_warps": sizes.num_warps,
+        "num_stages": sizes.num_stages,
+        "enable_fp_fusion": True,
+    }
+    return compile_kernel(decode_kernel, arguments, target, options)
+
+
+def compile_combine(target: GPUTarget, case: Case) -> Any:
+    value_dim = case.value_dim or case.head_dim
+    arguments = {
+        "partials": partials(),
+        "out": rows(case, case.dtype),
+        "lse": row_values(),
+        "num_splits": INT,
+        "num_rows": INT,
+        "num_heads": INT,
+        "query_len": INT,
+        "VALUE_DIM": Constant(value_dim),
+        "VALUE_DIM_PADDED": Constant(padded(value_dim)),
+        "SPLITS_AT_ONCE": Constant(SPLITS_AT_ONCE),
+    }
+    return compile_kernel(combine_kernel, arguments, target, {"enable_fp_fusion": True})
+
+
 def main(name: str) -> None:
     target = TARGETS[name]
     has_descriptors = target.backend == "cuda" and target.arch >= 90
     capability = target.arch if target.backend == "cuda" else 0
     for case in CASES:
+        sizes = decode_sizes(
+            target.backend,
+            capability,
+            case.head_dim,
+            case.value_dim or case.head_dim,
+            ELEMENT_BYTES[case.dtype],
+            case.block_size,
+        )
+        for queries, is_split in ((1, True), (64, False)):
+            compiled = compile_decode(target, case, sizes, queries, is_split)
+            record = {
+                "kernel": "decode",
+                "case": asdict(case) | {"queries": queries, "is_split": is_split},
+                "sizes": asdict(sizes),
+                "shared": compiled.metadata.shared,
+                "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
+            }
+            print(json.dumps(record), flush=True)
+        shared = compile_combine(target, case).metadata.shared
+        print(json.dumps({"kernel": "combine", "case": asdict(case), "shared": shared}), flush=True)
         for kernel_name, kernel in KERNELS.items():
             sizes = tile_sizes(
                 target.backend,

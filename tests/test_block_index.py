@@ -97,6 +97,73 @@ def test_both_directions_cover_exactly_the_dense_mask(layout, is_causal, tile, q
     assert torch.equal(index.empty_rows, empty)
 
 
+@settings(max_examples=100, deadline=None)
+@given(layouts, st.booleans(), tiles, st.integers(0, LONGEST - 1), st.integers(1, LONGEST))
+def test_the_index_of_later_queries_has_their_rows_of_the_whole(
+    layout, is_causal, tile, query_begin, key_end
+):
+    options = dict(
+        is_causal=is_causal,
+        num_heads=NUM_HEADS,
+        query_end=LONGEST,
+        key_end=key_end,
+        tile_q=tile[0],
+        tile_kv=tile[1],
+        device=CPU,
+    )
+    whole = build_index(layout, **options)
+    part = build_index(layout, **options, query_begin=query_begin)
+    first_row = query_begin // tile[0] * tile[0]
+    assert part.first_q_tile * tile[0] == first_row
+    assert torch.equal(part.list_of, whole.list_of) and part.heads_per_list == whole.heads_per_list
+    for expected, rows in (
+        (whole.to_dense(LONGEST, key_end), part.to_dense(LONGEST, key_end)),
+        (whole.transpose_to_dense(LONGEST, key_end), part.transpose_to_dense(LONGEST, key_end)),
+    ):
+        assert torch.equal(rows[:, first_row:], expected[:, first_row:])
+        assert not rows[:, :first_row].any()
+    assert torch.equal(part.empty_rows, whole.empty_rows[whole.empty_rows >= first_row])
+    assert part.longest_row == part.kv_offsets.diff(dim=1).max() <= whole.longest_row
+
+
+@pytest.mark.parametrize("query_begin", [0, 70, 130])
+def test_the_index_of_a_mask_of_later_queries(query_begin):
+    """Rows of the mask are those of the query tensor; where its sequences stand, other ones may begin earlier."""
+    table = torch.tensor([[0, 0, 9, 141, 0, 150, 0], [1, 2, 5, 130, 10, 120, 15]])
+    sequences = Sequences(table, 2, 9, 150, 150, 150, False, False, query_begin=query_begin)
+    mask = random_tensor(0, 2, 1, 9, 150)
+    index = build_index_per_sequence(
+        SlidingWindow(90), sequences, mask, is_causal=True, num_heads=1, tile_q=32, tile_kv=64,
+        device=CPU, query_begin=query_begin,
+    )  # fmt: skip
+    dense = index.to_dense(150, 150)
+    window = SlidingWindow(90).to_mask(150, is_causal=True)[0]
+    for number, (batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos) in enumerate(table.tolist()):
+        rows, cols = slice(q_pos, q_pos + q_len), slice(kv_pos, kv_pos + kv_len)
+        expected = mask[batch, 0, q_row : q_row + q_len, kv_row : kv_row + kv_len]
+        ours = dense[index.list_of[number, 0]]
+        assert torch.equal(ours[rows, cols], expected & window[rows, cols])
+
+
+@pytest.mark.parametrize(
+    ("layout", "heads_per_list"),
+    [
+        (Dense(), 0),
+        (BigBird(16), 1),
+        (PerHead((Dense(),) * 4 + (SlidingWindow(9),) * 4), 4),
+        (PerHead((Dense(),) * 3 + (SlidingWindow(9),) * 5), 1),
+        (PerHead((Dense(),) * 2 + (SlidingWindow(9),) * 6), 2),
+    ],
+    ids=["one list", "by head", "two halves", "three and five", "two and six"],
+)
+def test_runs_of_heads_that_share_a_list(layout, heads_per_list):
+    index = build_index(
+        layout, is_causal=True, num_heads=8, query_end=400, key_end=400, tile_q=64, tile_kv=64,
+        device=CPU,
+    )  # fmt: skip
+    assert index.heads_per_list == heads_per_list
+
+
 @pytest.mark.parametrize("tile", [16, 64, 128])
 @pytest.mark.parametrize(
     "layout",

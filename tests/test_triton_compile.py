@@ -44,6 +44,8 @@ def test_kernels_compile_and_fit(compilations, target):
         "forward",
         "grad_query",
         "grad_key_value",
+        "decode",
+        "combine",
     }
     for record in records:
         assert record["shared"] <= LIMITS[target], record

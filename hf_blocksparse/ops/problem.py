@@ -1,8 +1,7 @@
 """What an implementation of block-sparse attention is given besides its tensors."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +18,24 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
+class IndexFor(Protocol):
+    """The block index of a call for a tile shape, built on first use and cached.
+
+    With `of_queries_alone` it may begin at a later query tile than the first, its `first_q_tile`, and costs no more than the tiles that
+    the rows near the call's queries keep.
+    """
+
+    def __call__(
+        self, tile_q: int, tile_kv: int, of_queries_alone: bool = False, /
+    ) -> BlockIndex: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One attention call, already checked and resolved.
 
     Attributes:
-        index_for: the block index for a tile shape `(tile_q, tile_kv)`, built on first use and cached.
+        index_for: the block index for a tile shape, see `IndexFor`.
         sequences: where the sequences lie in the batch, on the tensors' device.
         block_size: grain of the layout in tokens (1 where it is token-exact); a hint for choosing tiles.
         scale: factor on the scores.
@@ -34,7 +45,7 @@ class Problem:
         portable: only kernels that run on every GPU may be chosen.
     """
 
-    index_for: Callable[[int, int], BlockIndex]
+    index_for: IndexFor
     sequences: Sequences
     block_size: int
     scale: float

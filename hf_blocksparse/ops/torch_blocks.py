@@ -55,9 +55,7 @@ class _Step:
 
 def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[_Step]:
     list_of = index.list_of.expand(sequences.num_sequences, num_heads).tolist()
-    offsets, num_full = index.kv_offsets.tolist(), index.kv_num_full.tolist()
-    indices, mask_ids = index.kv_indices.tolist(), index.kv_mask_ids.tolist()
-    hidden_bits = ~index.bank_bits()
+    offsets = index.kv_offsets.tolist()
     table = sequences.table.tolist()
     everyone = slice(None)
     whole_batch = sequences.is_uniform and index.list_of.shape[0] == 1
@@ -73,15 +71,21 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
             first = max(tile * index.tile_q, q_pos)
             end = min((tile + 1) * index.tile_q, q_pos + q_len)
             for head, one in enumerate(lists[:1] if shared else lists):
-                start, stop = offsets[one][tile], offsets[one][tile + 1]
+                place_of_tile = tile - index.first_q_tile
+                listed = slice(offsets[one][place_of_tile], offsets[one][place_of_tile + 1])
+                mask_ids = index.kv_mask_ids[listed]
+                rows_of_tile = slice(first - tile * index.tile_q, end - tile * index.tile_q)
+                hidden_bits = ~index.bank_bits(mask_ids[mask_ids >= 0], rows_of_tile)
+                # Partial tiles come last, in the order of their bits.
+                num_full = mask_ids.numel() - hidden_bits.shape[0]
+                indices = index.kv_indices[listed].tolist()
                 entries = sorted(
-                    (indices[e], mask_ids[e] if e >= start + num_full[one][tile] else -1)
-                    for e in range(start, stop)
+                    (kv_tile, number - num_full) for number, kv_tile in enumerate(indices)
                 )
                 columns: list[slice] = []
                 hidden: list[tuple[slice, Tensor]] = []
                 gathered = 0
-                for kv_tile, mask_id in entries:
+                for kv_tile, number in entries:
                     left = max(kv_tile * index.tile_kv, kv_pos)
                     right = min((kv_tile + 1) * index.tile_kv, kv_pos + kv_len)
                     if left >= right:
@@ -91,13 +95,9 @@ def _steps(index: BlockIndex, sequences: Sequences, num_heads: int) -> Iterator[
                         columns[-1] = slice(columns[-1].start, place.stop)
                     else:
                         columns.append(place)
-                    if mask_id >= 0:
-                        origin_q, origin_kv = tile * index.tile_q, kv_tile * index.tile_kv
-                        part = hidden_bits[
-                            mask_id,
-                            first - origin_q : end - origin_q,
-                            left - origin_kv : right - origin_kv,
-                        ]
+                    if number >= 0:
+                        origin = kv_tile * index.tile_kv
+                        part = hidden_bits[number, :, left - origin : right - origin]
                         hidden.append((slice(gathered, gathered + right - left), part))
                     gathered += right - left
                 if not columns:
@@ -261,7 +261,7 @@ def attention_forward(
         for row in problem.sequences.table.tolist():
             rows = slice(row[Q_ROW], row[Q_ROW] + row[Q_LEN])
             lse[row[BATCH], :, rows] = sinks.to(dtype)[:, None]
-    for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
+    for step in _steps(problem.index_for(TILE, TILE, True), problem.sequences, heads):
         part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
         scores, _ = part.scores(
             _accumulator(part.rows_of(query)), _accumulator(part.columns_of(key))
@@ -309,7 +309,7 @@ def attention_backward(
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_slopes = None if alibi_slopes is None else torch.zeros_like(alibi_slopes)
-    for step in _steps(problem.index_for(TILE, TILE), problem.sequences, heads):
+    for step in _steps(problem.index_for(TILE, TILE, True), problem.sequences, heads):
         part = _StepTensors(step, group, problem, query.shape, alibi_slopes)
         query_rows = _accumulator(part.rows_of(query))
         key_columns = _accumulator(part.columns_of(key))

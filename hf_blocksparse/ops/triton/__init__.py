@@ -1,9 +1,10 @@
 """Block-sparse attention in portable Triton: the implementation `impl="triton"`, and with `impl="auto"` that of a GPU.
 
-With "auto" the kernels in `ops/hopper` take what they can on compute capability 9.0; these take everything else.
+With "auto" the kernels in `ops/hopper` take what they can on compute capability 9.0, but for few queries; these take everything else.
 
 One program computes one tile of one head and walks the tiles its list names: query tiles in the forward kernel and for
-dQ, key tiles for dK and dV. Nothing is added atomically, so results are bitwise reproducible.
+dQ, key tiles for dK and dV. Few queries against many keys, as in decoding, have kernels of their own (`decode`), which split
+the tiles of a query tile over several programs. Nothing is added atomically, so results are bitwise reproducible.
 
 Triton is imported at the first call, not with this module.
 """
@@ -20,6 +21,7 @@ from torch.autograd import Function
 
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem, TensorSpec
+from hf_blocksparse.ops.triton.decode_sizes import has_few_queries
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -158,6 +160,8 @@ def _run_forward(
     problem: Problem,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if has_few_queries(query.shape[2], key.shape[2], problem.dropout_p):
+        return _launch().launch_decode(query, key, value, sinks, alibi_slopes, problem, scale)
     if hopper.takes_forward(query, key, value, sinks, alibi_slopes, problem):
         return hopper.forward(query, key, value, problem, scale)
     return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)

@@ -5,6 +5,7 @@ Imports Triton, so it is itself imported at the first call only.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_blocksparse.block_index import BlockIndex
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
+from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
+from hf_blocksparse.ops.triton.decode_sizes import (
+    DecodeSizes,
+    decode_sizes,
+    num_splits,
+)
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -26,6 +33,9 @@ IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly."""
 
 LOG2_E = 1.4426950408889634
+SPLITS_AT_ONCE = 16
+MAX_INT32 = 2**31 - 1
+IS_HIP = torch.version.hip is not None
 REMEMBERED_VARIANTS = 4096
 
 _NO_ROWS = StridedRows(None, (0, 0, 0))
@@ -79,6 +89,101 @@ def launch_forward(
             _constants(query, value, sizes),
             _options(sizes),
         )
+    return out, lse
+
+
+def launch_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    problem: Problem,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` for the calls of which `has_few_queries` is true."""
+    batch, heads, query_len, head_dim = query.shape
+    sequences, value_dim = problem.sequences, value.shape[-1]
+    group_size = heads // key.shape[1]
+    sizes = decode_sizes(
+        *backend_of(query.device),
+        head_dim,
+        value_dim,
+        query.element_size(),
+        problem.block_size,
+    )
+    index = problem.index_for(sizes.tile_q, sizes.tile_kv, True)
+    # Heads of one key head whose lists differ are walked one by one: their union would be read for each of them.
+    heads_per_list = math.gcd(group_size, index.heads_per_list)
+    members = min(_padded(heads_per_list), sizes.max_rows)
+    packs = heads // heads_per_list * -(-heads_per_list // members)
+    queries = max(16 // members, min(_padded(query_len), sizes.tile_q, sizes.max_rows // members))
+    tiles = (query_len + sizes.tile_q - 2) // sizes.tile_q + 1
+    if sequences.is_uniform:
+        last_tile = (sequences.query_end - 1) // sizes.tile_q
+        tiles = last_tile - sequences.query_begin // sizes.tile_q + 1
+    chunks_per_tile = -(-min(query_len, sizes.tile_q) // queries)
+    num_programs = sequences.num_sequences * -(-query_len // queries) * packs
+    splits = num_splits(num_programs, index.longest_row, query.device)
+
+    out = empty_rows_like(query, value_dim)
+    lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+    num_rows = lse.numel()
+    partials = None
+    if splits > 1:
+        values = query.new_empty(splits, num_rows, value_dim, dtype=torch.float32)
+        maxima, sums = query.new_empty(2, splits, num_rows, dtype=torch.float32)
+        partials = Partials(values, maxima, sums)
+        if not sequences.covers_queries:
+            sums.zero_()
+    elif not sequences.covers_queries:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    out_rows, lse_rows = _rows(out), _rows(lse)
+    score_scale, softcap_scale = _score_scales(scale, problem.softcap)
+    constants = _constants(query, value, sizes)
+    precision = constants.pop("INPUT_PRECISION")
+    with current_device(query.device):
+        launch(
+            decode_kernel,
+            (sequences.num_sequences * tiles * chunks_per_tile, packs, splits),
+            (
+                _rows(query),
+                _rows(key),
+                _rows(value),
+                sinks,
+                out_rows,
+                lse_rows,
+                partials,
+                sequences.table,
+                tile_lists(index)[0],
+                index.first_q_tile,
+                tiles * chunks_per_tile,
+                chunks_per_tile,
+                heads_per_list,
+                heads,
+                num_rows,
+                query_len,
+                score_scale,
+                softcap_scale,
+                _slopes(alibi_slopes, score_scale),
+                group_size,
+            ),
+            constants | dict(QUERIES=queries, MEMBERS=members, INPUT_PRECISION=precision),
+            _options(sizes),
+        )
+        if partials is not None:
+            launch(
+                combine_kernel,
+                (num_rows, 1, 1),
+                (partials, out_rows, lse_rows, splits, num_rows, heads, query_len),
+                dict(
+                    VALUE_DIM=value_dim,
+                    VALUE_DIM_PADDED=_padded(value_dim),
+                    SPLITS_AT_ONCE=SPLITS_AT_ONCE,
+                ),
+                {},
+            )
     return out, lse
 
 
@@ -226,17 +331,41 @@ def _kind_of(argument: Any) -> Any:
     """What Triton may compile into a kernel of an argument's value."""
     kind = type(argument)
     if kind is StridedRows:
-        tensor, strides = argument
-        return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16, strides)
+        tensor, (batch, head, row) = argument
+        if tensor is None:
+            return None
+        return _kind_of_tensor(tensor), _kind_of_int(batch), _kind_of_int(head), _kind_of_int(row)
+    if kind is int:
+        return _kind_of_int(argument)
+    if kind is float or argument is None:
+        return kind
     if kind is TileLists:
-        return argument.sequence_stride, argument.head_stride, argument.num_tiles
+        strides = argument.sequence_stride, argument.head_stride, argument.num_tiles
+        return tuple(map(_kind_of_int, strides))
+    if kind is Partials:
+        return tuple(map(_kind_of_tensor, argument))
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
+        return _kind_of_tensor(argument)
     if kind is Dropout:
         return argument.threshold
-    if kind is float or hasattr(argument, "block_shape"):
+    if hasattr(argument, "block_shape"):
         return kind  # a descriptor's type follows from the constants
     return argument
+
+
+def _kind_of_int(value: int) -> int:
+    """A one is a constant; of others Triton looks at divisibility by 16 and at the size. Strides grow with every key of a cache."""
+    if value == 1:
+        return 1
+    return (2 if value % 16 else 3) if -MAX_INT32 <= value <= MAX_INT32 else -(value % 16 == 0)
+
+
+def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    if not IS_HIP:
+        return tensor.dtype, tensor.data_ptr() % 16
+    # There, pointers into less than 2 GiB are compiled for that.
+    is_small = tensor.untyped_storage().nbytes() <= MAX_INT32
+    return tensor.dtype, tensor.data_ptr() % 16, is_small
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -261,7 +390,7 @@ def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction)
     )
 
 
-def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]:
+def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
     precision = "ieee"
     # The property answers for torch's old and new ways of allowing TF32 alike.
     if query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -277,7 +406,7 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes) -> dict[str, Any]
     )
 
 
-def _options(sizes: TileSizes) -> dict[str, Any]:
+def _options(sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
     return dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
 
 
