@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse.block_index import BlockIndex, Strips, get_index
 from hf_blocksparse.capture import check_values_readable, keep_for_capture
 from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
 from hf_blocksparse.ops.problem import Problem, TensorSpec
@@ -603,24 +603,26 @@ def make_problem(
     mask_owner = mask if mask_owner is None else mask_owner
     mask_version = _version_of(mask_owner)
     # Without a mask an index of this problem is right for as long as somebody keeps it.
-    known: dict[tuple[int, int], ReferenceType[BlockIndex]] = {}
+    known: dict[tuple[int, int, Strips | None], ReferenceType[BlockIndex]] = {}
 
-    def index_for(tile_q: int, tile_kv: int) -> BlockIndex:
-        index = known[tile_q, tile_kv]() if (tile_q, tile_kv) in known else None
+    def index_for(tile_q: int, tile_kv: int, strips: Strips | None = None) -> BlockIndex:
+        asked = (tile_q, tile_kv, strips)
+        index = known[asked]() if asked in known else None
         if index is None:
-            index = find_index(tile_q, tile_kv)
+            index = find_index(*asked)
             if mask is None:
-                known[tile_q, tile_kv] = ref(index)
+                known[asked] = ref(index)
         keep_for_capture(device, index)
         return index
 
-    def find_index(tile_q: int, tile_kv: int) -> BlockIndex:
+    def find_index(tile_q: int, tile_kv: int, strips: Strips | None) -> BlockIndex:
         options: dict[str, Any] = dict(
             is_causal=is_causal,
             num_heads=heads,
             tile_q=tile_q,
             tile_kv=tile_kv,
             device=device,
+            strips=strips,
         )
         index = get_index(layout, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():

@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,6 +128,19 @@ class BlockIndex:
         return dense
 
 
+class Strips(NamedTuple):
+    """Narrow tiles, several of which a kernel gathers into one: the alternative to tiles that are as large as the kernel's.
+
+    A tile of small blocks holds their union. Strips as wide as a block leave out what none of the tile's blocks keeps, and cost the
+    kernel's gathering: they pay on scattered blocks and not on a window. An index that is offered strips is built of them where they
+    hold at most `max_share` of the coefficients that the tiles would; its own tile shape says which they are.
+    """
+
+    tile_q: int
+    tile_kv: int
+    max_share: float
+
+
 @dataclass(frozen=True)
 class _ListGroup:
     """Lists that share a rule: one per head of `heads`, or one for them all."""
@@ -142,11 +156,17 @@ def _build(
     list_of: Tensor,
     tile_q: int,
     tile_kv: int,
+    strips: Strips | None,
     query_end: int,
     key_end: int,
     device: torch.device,
 ) -> BlockIndex:
     check_not_capturing(device, "the block index of this layout")
+    if strips is not None:
+        in_tiles = _computed(groups, tile_q, tile_kv, query_end, key_end, device)
+        in_strips = _computed(groups, strips.tile_q, strips.tile_kv, query_end, key_end, device)
+        if in_strips <= strips.max_share * in_tiles:
+            tile_q, tile_kv, _ = strips
     num_q, num_kv = -(-query_end // tile_q), -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []
     bank_parts: list[Tensor] = []
@@ -184,11 +204,33 @@ def _build(
     )
 
 
-def _tiles_of_rule(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of the kept tiles, their mask numbers (-1: full) and the masks, bool `[num_masks, tile_q, tile_kv]`."""
+def _computed(
+    groups: Seq[_ListGroup],
+    tile_q: int,
+    tile_kv: int,
+    query_end: int,
+    key_end: int,
+    device: torch.device,
+) -> int:
+    """Coefficients that the tiles of all lists hold."""
+    num_q, num_kv = -(-query_end // tile_q), -(-key_end // tile_kv)
+    num_tiles = 0
+    for group in groups:
+        grid = TileGrid(tile_q, tile_kv, num_q, num_kv, group.heads, device)
+        num_tiles += _candidates(group.rule, grid)[0].numel()
+    return num_tiles * tile_q * tile_kv
+
+
+def _candidates(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor]:
+    """Codes of the tiles that may keep a coefficient, and which of them surely keep every one."""
     codes = rule.enumerate(grid)
     some, every = rule.bounds(grid.tiles(codes))
-    codes, every = codes[some], every[some]
+    return codes[some], every[some]
+
+
+def _tiles_of_rule(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the kept tiles, their mask numbers (-1: full) and the masks, bool `[num_masks, tile_q, tile_kv]`."""
+    codes, every = _candidates(rule, grid)
     mask_ids = torch.full_like(codes, -1)
     partial = grid.tiles(codes[~every])
     representative, number = distinct(rule.keys(partial))
@@ -301,12 +343,13 @@ def build_index(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    strips: Strips | None = None,
 ) -> BlockIndex:
     """The index of `layout` (intersected with causality) for positions up to `query_end` and `key_end`."""
     context = RuleContext(is_causal, max(query_end, key_end), num_heads, device)
     groups, list_of = _groups_by_head(layout, context, None)
     numbers = torch.tensor([list_of[:1] if len(set(list_of)) == 1 else list_of])
-    return _build(groups, numbers, tile_q, tile_kv, query_end, key_end, device)
+    return _build(groups, numbers, tile_q, tile_kv, strips, query_end, key_end, device)
 
 
 def build_index_per_sequence(
@@ -319,6 +362,7 @@ def build_index_per_sequence(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    strips: Strips | None = None,
 ) -> BlockIndex:
     """The index where lists differ between sequences: the layout depends on their length, or there is an `attn_mask`.
 
@@ -348,6 +392,7 @@ def build_index_per_sequence(
         torch.tensor(numbers).view(-1, num_heads),
         tile_q,
         tile_kv,
+        strips,
         sequences.query_end,
         sequences.key_end,
         device,
@@ -436,15 +481,21 @@ def get_index(
     tile_q: int,
     tile_kv: int,
     device: torch.device,
+    strips: Strips | None = None,
 ) -> BlockIndex:
-    """The index for a call, from the cache where it is known.
+    """The index for a call, from the cache where it is known; with `strips` it is built of those or of tiles, see `Strips`.
 
-    The key holds everything the index depends on: layout, causality, heads, tile shape, lengths in tiles, device. A caller's mask is
-    keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways torch
-    does not count (through `.data` or numpy).
+    The key holds everything the index depends on: layout, causality, heads, tile shape, strips, lengths in tiles, device. A caller's
+    mask is keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways
+    torch does not count (through `.data` or numpy).
     """
-    options = dict(
-        is_causal=is_causal, num_heads=num_heads, tile_q=tile_q, tile_kv=tile_kv, device=device
+    options: dict[str, Any] = dict(
+        is_causal=is_causal,
+        num_heads=num_heads,
+        tile_q=tile_q,
+        tile_kv=tile_kv,
+        device=device,
+        strips=strips,
     )
     if attn_mask is not None:
         owner = attn_mask if mask_owner is None else mask_owner

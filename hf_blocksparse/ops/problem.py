@@ -24,7 +24,8 @@ class Problem:
     """One attention call, already checked and resolved.
 
     Attributes:
-        index_for: the block index for a tile shape `(tile_q, tile_kv)`, built on first use and cached.
+        index_for: the block index for a tile shape `(tile_q, tile_kv)`, or where `Strips` are a third argument and suit the layout
+            better, of those; built on first use and cached.
         sequences: where the sequences lie in the batch, on the tensors' device.
         block_size: grain of the layout in tokens (1 where it is token-exact); a hint for choosing tiles.
         scale: factor on the scores.
@@ -34,7 +35,7 @@ class Problem:
         portable: only kernels that run on every GPU may be chosen.
     """
 
-    index_for: Callable[[int, int], BlockIndex]
+    index_for: Callable[..., BlockIndex]
     sequences: Sequences
     block_size: int
     scale: float
