@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse.block_index import BlockIndex, Strips, get_index
 from hf_blocksparse.capture import check_values_readable, keep_for_capture
 from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
 from hf_blocksparse.ops.problem import Problem, TensorSpec
@@ -608,10 +608,12 @@ def make_problem(
     is_last = where.is_uniform and query.shape[2] == 1 and where.query_end == where.key_end
     hides_later = is_causal or (is_last and not layout.depends_on_length(False))
     # Without a mask an index of this problem is right for as long as somebody keeps it.
-    known: dict[tuple[int, int, bool], ReferenceType[BlockIndex]] = {}
+    known: dict[tuple[int, int, bool, Strips | None], ReferenceType[BlockIndex]] = {}
 
-    def index_for(tile_q: int, tile_kv: int, of_queries_alone: bool = False) -> BlockIndex:
-        asked = tile_q, tile_kv, of_queries_alone
+    def index_for(
+        tile_q: int, tile_kv: int, of_queries_alone: bool = False, strips: Strips | None = None
+    ) -> BlockIndex:
+        asked = tile_q, tile_kv, of_queries_alone, strips
         index = known[asked]() if asked in known else None
         if index is None:
             index = find_index(*asked)
@@ -620,7 +622,9 @@ def make_problem(
         keep_for_capture(device, index)
         return index
 
-    def find_index(tile_q: int, tile_kv: int, of_queries_alone: bool) -> BlockIndex:
+    def find_index(
+        tile_q: int, tile_kv: int, of_queries_alone: bool, strips: Strips | None
+    ) -> BlockIndex:
         options: dict[str, Any] = dict(
             is_causal=hides_later,
             num_heads=heads,
@@ -628,6 +632,7 @@ def make_problem(
             tile_kv=tile_kv,
             device=device,
             of_queries_alone=of_queries_alone,
+            strips=strips,
         )
         index = get_index(layout, where, attn_mask=None, **options)
         if not allow_empty_rows and index.empty_rows.numel():

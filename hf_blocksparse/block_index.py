@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,6 +136,19 @@ class BlockIndex:
         return dense
 
 
+class Strips(NamedTuple):
+    """Narrow tiles, several of which a kernel gathers into one: the alternative to tiles that are as large as the kernel's.
+
+    A tile of small blocks holds their union. Strips as wide as a block leave out what none of the tile's blocks keeps, and cost the
+    kernel's gathering: they pay on scattered blocks and not on a window. An index that is offered strips is built of them where they
+    hold at most `max_share` of the coefficients that the tiles would; its own tile shape says which they are.
+    """
+
+    tile_q: int
+    tile_kv: int
+    max_share: float
+
+
 @dataclass(frozen=True)
 class _ListGroup:
     """Lists that share a rule: one per head of `heads`, or one for them all."""
@@ -150,12 +164,19 @@ def _build(
     list_of: Tensor,
     tile_q: int,
     tile_kv: int,
+    strips: Strips | None,
     query_begin: int,
     query_end: int,
     key_end: int,
     device: torch.device,
 ) -> BlockIndex:
     check_not_capturing(device, "the block index of this layout")
+    if strips is not None:
+        span = query_begin, query_end, key_end
+        in_tiles = _computed(groups, tile_q, tile_kv, *span, device)
+        in_strips = _computed(groups, strips.tile_q, strips.tile_kv, *span, device)
+        if in_strips <= strips.max_share * in_tiles:
+            tile_q, tile_kv, _ = strips
     first_q = query_begin // tile_q
     num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []
@@ -217,11 +238,35 @@ def _heads_per_list(list_of: Tensor) -> int:
     return next(size for size, run in runs if torch.equal(run, run[..., :1].expand_as(run)))
 
 
-def _tiles_of_rule(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of the kept tiles, their mask numbers (-1: full) and the masks, bool `[num_masks, tile_q, tile_kv]`."""
+def _computed(
+    groups: Seq[_ListGroup],
+    tile_q: int,
+    tile_kv: int,
+    query_begin: int,
+    query_end: int,
+    key_end: int,
+    device: torch.device,
+) -> int:
+    """Coefficients that the tiles of all lists hold."""
+    first_q = query_begin // tile_q
+    num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)
+    num_tiles = 0
+    for group in groups:
+        grid = TileGrid(tile_q, tile_kv, num_q, num_kv, group.heads, device, first_q)
+        num_tiles += _candidates(group.rule, grid)[0].numel()
+    return num_tiles * tile_q * tile_kv
+
+
+def _candidates(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor]:
+    """Codes of the tiles that may keep a coefficient, and which of them surely keep every one."""
     codes = rule.enumerate(grid)
     some, every = rule.bounds(grid.tiles(codes))
-    codes, every = codes[some], every[some]
+    return codes[some], every[some]
+
+
+def _tiles_of_rule(rule: Rule, grid: TileGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the kept tiles, their mask numbers (-1: full) and the masks, bool `[num_masks, tile_q, tile_kv]`."""
+    codes, every = _candidates(rule, grid)
     mask_ids = torch.full_like(codes, -1)
     partial = grid.tiles(codes[~every])
     representative, number = distinct(rule.keys(partial))
@@ -335,12 +380,13 @@ def build_index(
     tile_kv: int,
     device: torch.device,
     query_begin: int = 0,
+    strips: Strips | None = None,
 ) -> BlockIndex:
     """The index of `layout` (intersected with causality) for queries of `[query_begin, query_end)` and keys up to `key_end`."""
     context = RuleContext(is_causal, max(query_end, key_end), num_heads, device)
     groups, list_of = _groups_by_head(layout, context, None)
     numbers = torch.tensor([list_of[:1] if len(set(list_of)) == 1 else list_of])
-    return _build(groups, numbers, tile_q, tile_kv, query_begin, query_end, key_end, device)
+    return _build(groups, numbers, tile_q, tile_kv, strips, query_begin, query_end, key_end, device)
 
 
 def build_index_per_sequence(
@@ -354,6 +400,7 @@ def build_index_per_sequence(
     tile_kv: int,
     device: torch.device,
     query_begin: int = 0,
+    strips: Strips | None = None,
 ) -> BlockIndex:
     """The index where lists differ between sequences: the layout depends on their length, or there is an `attn_mask`.
 
@@ -384,6 +431,7 @@ def build_index_per_sequence(
         torch.tensor(numbers).view(-1, num_heads),
         tile_q,
         tile_kv,
+        strips,
         query_begin,
         sequences.query_end,
         sequences.key_end,
@@ -475,26 +523,28 @@ def get_index(
     tile_kv: int,
     device: torch.device,
     of_queries_alone: bool = False,
+    strips: Strips | None = None,
 ) -> BlockIndex:
-    """The index for a call, from the cache where it is known.
+    """The index for a call, from the cache where it is known; with `strips` it is built of those or of tiles, see `Strips`.
 
     With `of_queries_alone` it may leave out the query tiles before `sequences.query_begin`, and does where queries are few: what a
     decoding step costs is then that of the tiles its rows keep, at any length, and with causality one index serves `QUERY_SPAN` steps.
 
-    The key holds everything the index depends on: layout, causality, heads, tile shape, lengths in tiles, device. A caller's mask is
-    keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways torch
-    does not count (through `.data` or numpy).
+    The key holds everything the index depends on: layout, causality, heads, tile shape, strips, lengths in tiles, device. A caller's
+    mask is keyed by the identity and version of `mask_owner`, the tensor that `attn_mask` is a view of, so it must not be changed in ways
+    torch does not count (through `.data` or numpy).
     """
     query_end, key_end = sequences.query_end, sequences.key_end
     are_few = of_queries_alone and 2 * (query_end - sequences.query_begin) < query_end
     query_begin = sequences.query_begin // tile_q * tile_q if are_few else 0
-    options = dict(
+    options: dict[str, Any] = dict(
         is_causal=is_causal,
         num_heads=num_heads,
         tile_q=tile_q,
         tile_kv=tile_kv,
         device=device,
         query_begin=query_begin,
+        strips=strips,
     )
     if attn_mask is not None:
         owner = attn_mask if mask_owner is None else mask_owner

@@ -20,7 +20,7 @@ from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_ke
 from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.launch import SPLITS_AT_ONCE
-from hf_blocksparse.ops.triton.tile_sizes import TileSizes, tile_sizes
+from hf_blocksparse.ops.triton.tile_sizes import TileSizes, gathered_tile_sizes, tile_sizes
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
 TARGETS = {
@@ -48,6 +48,7 @@ class Case:
     features: bool = False  # softcap, ALiBi, dropout and sinks
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
+    gathered: bool = False  # from strips
 
 
 # Every head size, dtype and family of tiles, features on and off, at least once; not their product.
@@ -57,6 +58,8 @@ CASES = (
     Case("fp16", 80, 32, value_dim=64, features=True),
     Case("bf16", 256, 64, aligned=False),
     Case("fp32", 64, 16, features=True),
+    Case("bf16", 128, 16, gathered=True),
+    Case("fp16", 256, 16, gathered=True, features=True),
 )
 
 
@@ -112,7 +115,7 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     value_dim = case.value_dim or case.head_dim
     stationary_is_query = name != "grad_key_value"
     tile = sizes.tile_kv if stationary_is_query else sizes.tile_q
-    streamed = tile if descriptors and case.aligned else None
+    streamed = tile if descriptors and case.aligned and not sizes.strip else None
     int_pointer = pointer("i32")
     none = Constant(None)
     lse = row_values()
@@ -135,6 +138,7 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
         "TILE_Q": Constant(sizes.tile_q),
         "TILE_KV": Constant(sizes.tile_kv),
         "INPUT_PRECISION": Constant("ieee"),
+        "STRIP": Constant(sizes.strip),
     }
     streamed_names = ("key", "value") if stationary_is_query else ("query", "grad_out")
     for tensor, dim in zip(streamed_names, (case.head_dim, value_dim), strict=True):
@@ -278,7 +282,8 @@ def main(name: str) -> None:
         shared = compile_combine(target, case).metadata.shared
         print(json.dumps({"kernel": "combine", "case": asdict(case), "shared": shared}), flush=True)
         for kernel_name, kernel in KERNELS.items():
-            sizes = tile_sizes(
+            choose = gathered_tile_sizes if case.gathered else tile_sizes
+            sizes = choose(
                 target.backend,
                 capability,
                 kernel_name,
@@ -287,6 +292,8 @@ def main(name: str) -> None:
                 ELEMENT_BYTES[case.dtype],
                 case.block_size,
             )
+            if sizes is None:  # tiles are no larger than blocks there
+                continue
             arguments = kernel_arguments(kernel_name, case, sizes, has_descriptors)
             options = {
                 "num_warps": sizes.num_warps,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blocksparse import block_index
-from hf_blocksparse.block_index import build_index, build_index_per_sequence, get_index
+from hf_blocksparse.block_index import Strips, build_index, build_index_per_sequence, get_index
 from hf_blocksparse.layouts import (
     BigBird,
     BlockDiagonal,
@@ -271,6 +271,35 @@ def test_heads_of_equal_layouts_share_a_list():
     index = build(layout, 512, num_heads=4)
     assert index.num_lists == 2
     assert index.list_of.tolist() == [[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("strips", [(64, 16), (16, 64)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causal):
+    """The share is counted by hand; of a window it is nearly one."""
+    length = 256
+    layout = TensorLayout.from_tensor(
+        random_tensor(2, NUM_HEADS, 16, 16) | torch.eye(16).bool(), 16
+    )
+    options = dict(
+        is_causal=is_causal, num_heads=NUM_HEADS, query_end=length, key_end=length,
+        tile_q=64, tile_kv=64, device=CPU,
+    )  # fmt: skip
+    mask = layout.to_mask(length, is_causal=is_causal, num_heads=NUM_HEADS)
+
+    def computed(tile_q, tile_kv):
+        tiles = mask.unflatten(2, (-1, tile_kv)).unflatten(1, (-1, tile_q))
+        return int(tiles.any(4).any(2).sum()) * tile_q * tile_kv
+
+    share = computed(*strips) / computed(64, 64)
+    assert share < 0.9
+    for max_share, tile in ((share + 1e-6, strips), (share - 1e-6, (64, 64))):
+        index = build_index(layout, strips=Strips(*strips, max_share), **options)
+        assert (index.tile_q, index.tile_kv) == tile
+        assert torch.equal(index.to_dense(length, length), mask)
+        assert torch.equal(index.transpose_to_dense(length, length), mask)
+    window = build_index(SlidingWindow(200), strips=Strips(*strips, 0.7), **options)
+    assert (window.tile_q, window.tile_kv) == (64, 64)
 
 
 def get(layout, sequences, **changes):

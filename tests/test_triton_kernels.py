@@ -327,8 +327,118 @@ def test_results_do_not_depend_on_tile_sizes(tiles, device, monkeypatch):
     """Tiles of any shape, also other ones than the layout's blocks, and documents that start in the middle of one."""
     sizes = TileSizes(*tiles, num_warps=4, num_stages=1)
     monkeypatch.setattr(launch, "tile_sizes", lambda *_: sizes)
+    monkeypatch.setattr(launch, "gathered_tile_sizes", lambda *_: None)
     for name in ("documents", "bigbird of small blocks"):
         check(SCENARIOS[name], device)
+
+
+SCATTERED_16 = TensorLayout.from_tensor(
+    torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(6)) < 0.3, 16
+)
+SCATTERED_32 = TensorLayout.from_tensor(
+    torch.rand(8, 8, generator=torch.Generator().manual_seed(7)) < 0.5, 32
+)
+# Full strips alone for one head, before partial ones for the other.
+_CROSS = torch.zeros(2, 16, 16, dtype=torch.bool)
+_CROSS[:, :, [1, 4, 9]] = _CROSS[:, 9] = True
+_CROSS[1] |= torch.rand(16, 16, generator=torch.Generator().manual_seed(9)) < 0.3
+CROSS = TensorLayout.from_tensor(_CROSS, 16)
+
+# Lists that do not fill their last tile, strips that straddle the ends of sequences or lie behind them.
+GATHERED = {
+    "blocks of 16 by head": Scenario(SCATTERED_16, 250, is_causal=False, heads=4, kv_heads=2),
+    "blocks of 32": Scenario(SCATTERED_32, 230, heads=2, kv_heads=1, grad_lse=True),
+    "bigbird": Scenario(BigBird(16), 200, 256, head_dim=40, value_dim=24),
+    "whole columns and rows, documents": Scenario(
+        CROSS, 250, is_causal=False, runs=((0, 0, 90), (0, 90, 250))
+    ),
+    "attn_mask": Scenario(SCATTERED_16, 100, heads=4, kv_heads=4, mask_density=0.5),
+    "everything": Scenario(
+        SCATTERED_16,
+        180,
+        batch=2,
+        runs=((0, 0, 3), (0, 3, 80), (0, 85, 180), (1, 10, 180)),
+        heads=4,
+        kv_heads=2,
+        head_dim=24,
+        softcap=3.0,
+        sinks=True,
+        dropout_p=0.4,
+        alibi="by batch row and head",
+        grad_lse=True,
+        rows_outside_heads=True,
+    ),
+}
+
+
+@pytest.fixture
+def strips_used(monkeypatch):
+    """The widths of the strips that kernels gathered, 0 for whole tiles; strips are taken wherever there are some."""
+    monkeypatch.setattr(launch, "GATHERED_RATE", math.inf)
+    used = set()
+
+    def launch_and_note(kernel, grid, arguments, constants, options):
+        used.add(constants["STRIP"])
+        launch_as_ever(kernel, grid, arguments, constants, options)
+
+    launch_as_ever = launch.launch
+    monkeypatch.setattr(launch, "launch", launch_and_note)
+    return used
+
+
+@pytest.fixture
+def tiles_of_64(monkeypatch):
+    """Also where smaller ones would be chosen, so that a tile holds several strips."""
+    monkeypatch.setattr(
+        launch, "gathered_tile_sizes", lambda *facts: TileSizes(64, 64, 4, 3, strip=facts[-1])
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GATHERED)
+def test_gathered_tiles_match_dense_attention_in_float32(name, device, strips_used, tiles_of_64):
+    scenario = GATHERED[name]
+    check(scenario, device)
+    assert strips_used == {scenario.layout.grain}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gathered_tiles_match_dense_attention_in_float16(device, strips_used, tiles_of_64):
+    check(replace(GATHERED["everything"], dtype=torch.float16), device)
+    assert strips_used == {16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "head_dim, block_size", [(64, 16), (80, 32), (128, 16), (128, 32), (256, 16)]
+)
+def test_gathered_tiles_match_dense_attention_at_every_head_size(head_dim, block_size, strips_used):
+    scenario = Scenario(BigBird(block_size, random_blocks=5), 1000, heads=4, kv_heads=2)
+    check(replace(scenario, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
+    assert strips_used == {block_size}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["blocks of 32", "whole columns and rows, documents", "everything"]
+)
+def test_gathered_tiles_match_dense_attention_in_bfloat16(name, strips_used):
+    check(replace(GATHERED[name], dtype=torch.bfloat16), "cuda")
+    assert strips_used == {GATHERED[name].layout.grain}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monkeypatch):
+    monkeypatch.setattr(launch, "GATHERED_RATE", 0.7)
+    query, key, value = make_qkv(1, 1, 1, 256, 256, 16, 16, dtype=torch.float32, device=device)
+    diagonal = torch.eye(16, dtype=torch.bool)
+    scattered = diagonal[:, torch.randperm(16, generator=torch.Generator().manual_seed(8))]
+    options = dict(block_size=16, impl="triton")
+    block_sparse_attention(query, key, value, scattered, **options)
+    assert strips_used == {16}
+    strips_used.clear()
+    block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
+    assert strips_used == {0}
 
 
 @pytest.mark.parametrize("device", DEVICES)

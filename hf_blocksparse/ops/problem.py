@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hf_blocksparse.block_index import BlockIndex
+from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.sequences import Sequences
 
 
@@ -22,11 +22,16 @@ class IndexFor(Protocol):
     """The block index of a call for a tile shape, built on first use and cached.
 
     With `of_queries_alone` it may begin at a later query tile than the first, its `first_q_tile`, and costs no more than the tiles that
-    the rows near the call's queries keep.
+    the rows near the call's queries keep. With `strips` it is one of those where they suit the layout better.
     """
 
     def __call__(
-        self, tile_q: int, tile_kv: int, of_queries_alone: bool = False, /
+        self,
+        tile_q: int,
+        tile_kv: int,
+        of_queries_alone: bool = False,
+        strips: Strips | None = None,
+        /,
     ) -> BlockIndex: ...
 
 

@@ -28,9 +28,13 @@ from hf_blocksparse.ops.triton.tiles import (
     load_list,
     load_row_values,
     load_rows,
+    load_rows_at,
     load_rows_between,
     load_sequence,
+    load_strip_bits,
+    load_strips,
     row_pointers,
+    rows_of_strips,
     store_rows_between,
     subtract_alibi,
     tanh,
@@ -57,7 +61,7 @@ def accumulate_grad_query(
     value_tile,
     kept,
     query_rows,
-    first_key_row,
+    key_rows,
     batch_head,
     score_scale,
     softcap_scale,
@@ -65,7 +69,6 @@ def accumulate_grad_query(
     position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
-    TILE_KV: tl.constexpr,
 ):
     """Adds one key tile's part of dQ / scale. `kept`: bool [tile_q, tile_kv], or None where every coefficient is."""
     raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
@@ -73,7 +76,6 @@ def accumulate_grad_query(
         raw = tanh(raw * softcap_scale)
     biased = raw
     if alibi_slope is not None:
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
         biased = subtract_alibi(
             raw, alibi_slope, query_rows[:, None], key_rows[None, :], position_shift
         )
@@ -82,7 +84,6 @@ def accumulate_grad_query(
         probabilities = tl.where(kept, probabilities, 0.0)
     grad_probabilities = tl.dot(grad_out_tile, value_tile.T, input_precision=INPUT_PRECISION)
     if dropout is not None:
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
         keeps = dropout_keeps(dropout, query_rows[:, None], key_rows[None, :], batch_head)
         grad_probabilities = tl.where(keeps, grad_probabilities * dropout.keep_scale, 0.0)
     grad_scores = probabilities * (grad_probabilities - delta[:, None])
@@ -121,6 +122,7 @@ def grad_query_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
     """Grid: (items, query heads). Writes the rows of `grad_query`, `log2_sums` and `deltas` that the item's sequence owns.
 
@@ -166,54 +168,91 @@ def grad_query_kernel(
     tl.store(row_pointers(deltas, batch, head) + query_rows, delta, mask=owned)
     accumulator = tl.zeros([TILE_Q, HEAD_DIM_PADDED], tl.float32)
 
+    WIDTH: tl.constexpr = STRIP if STRIP > 0 else TILE_KV
     full_first, full_last, full_start, full_stop = clip_entries(
-        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_KV
+        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, WIDTH
     )
-    for entry in tl.range(full_first, full_last):
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_tile = load_rows(
-            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
-        )
-        value_tile = load_rows(
-            value,
-            value_descriptor,
-            batch,
-            kv_head,
-            first_key_row,
-            TILE_KV,
-            VALUE_DIM,
-            VALUE_DIM_PADDED,
-        )
-        accumulator = accumulate_grad_query(
-            accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
-        )  # fmt: skip
+    if STRIP == 0:
+        for entry in tl.range(full_first, full_last):
+            first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+            key_rows = first_key_row + tl.arange(0, TILE_KV)
+            key_tile = load_rows(
+                key,
+                key_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+            )
+            value_tile = load_rows(
+                value,
+                value_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
+            )
+            accumulator = accumulate_grad_query(
+                accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
 
-    partial_first, partial_last, partial_start, partial_stop = clip_entries(
-        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_KV
-    )
-    for entry in tl.range(partial_first, partial_last):
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-        key_tile = load_rows(
-            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
-        value_tile = load_rows(
-            value,
-            value_descriptor,
-            batch,
-            kv_head,
-            first_key_row,
-            TILE_KV,
-            VALUE_DIM,
-            VALUE_DIM_PADDED,
+        for entry in tl.range(partial_first, partial_last):
+            first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+            key_rows = first_key_row + tl.arange(0, TILE_KV)
+            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+            key_tile = load_rows(
+                key,
+                key_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+            )
+            value_tile = load_rows(
+                value,
+                value_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
+            )
+            accumulator = accumulate_grad_query(
+                accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
+    else:
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
-        accumulator = accumulate_grad_query(
-            accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
-        )  # fmt: skip
+        num_full = full_last - full_first
+        num_strips = num_full + partial_last - partial_first
+        for place in tl.range(0, num_strips, TILE_KV // STRIP):
+            strips, mask_ids, exist = load_strips(
+                lists, place, full_first, num_full, partial_first, num_strips, TILE_KV // STRIP
+            )
+            kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False)
+            key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
+            key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
+            value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
+            accumulator = accumulate_grad_query(
+                accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
 
     num_edges = full_start + full_stop + partial_start + partial_stop
     for edge in tl.range(0, num_edges, num_stages=1):
@@ -221,12 +260,12 @@ def grad_query_kernel(
             edge, full_first, full_last, full_start, full_stop,
             partial_first, partial_last, partial_start,
         )  # fmt: skip
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        first_key_row = tl.load(lists.indices + entry) * WIDTH + kv_shift
+        key_rows = first_key_row + tl.arange(0, WIDTH)
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, WIDTH, False)
         kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
         key_tile = load_rows_between(
-            key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+            key, batch, kv_head, first_key_row, kv_row, kv_end, WIDTH, HEAD_DIM, HEAD_DIM_PADDED
         )
         value_tile = load_rows_between(
             value,
@@ -235,14 +274,14 @@ def grad_query_kernel(
             first_key_row,
             kv_row,
             kv_end,
-            TILE_KV,
+            WIDTH,
             VALUE_DIM,
             VALUE_DIM_PADDED,
         )
         accumulator = accumulate_grad_query(
             accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
+            query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION,
         )  # fmt: skip
 
     store_rows_between(
@@ -263,7 +302,7 @@ def accumulate_grad_key_value(
     delta,
     kept,
     key_rows,
-    first_query_row,
+    query_rows,
     batch_head,
     score_scale,
     softcap_scale,
@@ -271,7 +310,6 @@ def accumulate_grad_key_value(
     position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
-    TILE_Q: tl.constexpr,
 ):
     """Adds one query tile's part of dK / scale and dV / c. `kept`: bool [tile_kv, tile_q], or None."""
     raw = tl.dot(key_tile, query_tile.T, input_precision=INPUT_PRECISION)
@@ -279,7 +317,6 @@ def accumulate_grad_key_value(
         raw = tanh(raw * softcap_scale)
     biased = raw
     if alibi_slope is not None:
-        query_rows = first_query_row + tl.arange(0, TILE_Q)
         biased = subtract_alibi(
             raw, alibi_slope, query_rows[None, :], key_rows[:, None], position_shift
         )
@@ -288,7 +325,6 @@ def accumulate_grad_key_value(
         probabilities = tl.where(kept, probabilities, 0.0)
     dropped = probabilities
     if dropout is not None:
-        query_rows = first_query_row + tl.arange(0, TILE_Q)
         keeps = dropout_keeps(dropout, query_rows[None, :], key_rows[:, None], batch_head)
         dropped = tl.where(keeps, probabilities, 0.0)
     # dV comes before dP, so that fewer products are alive at a time: registers decide the speed here.
@@ -333,6 +369,7 @@ def grad_key_value_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
     """Grid: (items, key heads). Writes the rows of `grad_key` and `grad_value` that the item's sequence owns.
 
@@ -372,72 +409,99 @@ def grad_key_value_kernel(
         if alibi_slopes is not None:
             alibi_slope = tl.load(alibi_slopes + batch_head)
 
+        WIDTH: tl.constexpr = STRIP if STRIP > 0 else TILE_Q
         full_first, full_last, full_start, full_stop = clip_entries(
-            lists.indices, begin, partial_begin, q_pos, q_pos + q_len, TILE_Q
+            lists.indices, begin, partial_begin, q_pos, q_pos + q_len, WIDTH
         )
-        for entry in tl.range(full_first, full_last):
-            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
-            query_tile = load_rows(
-                query,
-                query_descriptor,
-                batch,
-                head,
-                first_query_row,
-                TILE_Q,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            grad_out_tile = load_rows(
-                grad_out,
-                grad_out_descriptor,
-                batch,
-                head,
-                first_query_row,
-                TILE_Q,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
-            )
-            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
-            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
-            key_sum, value_sum = accumulate_grad_key_value(
-                key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
-                log2_sum, delta, None, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
-            )  # fmt: skip
+        if STRIP == 0:
+            for entry in tl.range(full_first, full_last):
+                first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
+                query_rows = first_query_row + tl.arange(0, TILE_Q)
+                query_tile = load_rows(
+                    query,
+                    query_descriptor,
+                    batch,
+                    head,
+                    first_query_row,
+                    TILE_Q,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                )
+                grad_out_tile = load_rows(
+                    grad_out,
+                    grad_out_descriptor,
+                    batch,
+                    head,
+                    first_query_row,
+                    TILE_Q,
+                    VALUE_DIM,
+                    VALUE_DIM_PADDED,
+                )
+                log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+                delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
+                key_sum, value_sum = accumulate_grad_key_value(
+                    key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                    log2_sum, delta, None, key_rows, query_rows, batch_head,
+                    score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
+                )  # fmt: skip
 
-        partial_first, partial_last, partial_start, partial_stop = clip_entries(
-            lists.indices, partial_begin, end, q_pos, q_pos + q_len, TILE_Q
-        )
-        for entry in tl.range(partial_first, partial_last):
-            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
-            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
-            query_tile = load_rows(
-                query,
-                query_descriptor,
-                batch,
-                head,
-                first_query_row,
-                TILE_Q,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
+            partial_first, partial_last, partial_start, partial_stop = clip_entries(
+                lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
             )
-            grad_out_tile = load_rows(
-                grad_out,
-                grad_out_descriptor,
-                batch,
-                head,
-                first_query_row,
-                TILE_Q,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
+            for entry in tl.range(partial_first, partial_last):
+                first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
+                query_rows = first_query_row + tl.arange(0, TILE_Q)
+                kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
+                query_tile = load_rows(
+                    query,
+                    query_descriptor,
+                    batch,
+                    head,
+                    first_query_row,
+                    TILE_Q,
+                    HEAD_DIM,
+                    HEAD_DIM_PADDED,
+                )
+                grad_out_tile = load_rows(
+                    grad_out,
+                    grad_out_descriptor,
+                    batch,
+                    head,
+                    first_query_row,
+                    TILE_Q,
+                    VALUE_DIM,
+                    VALUE_DIM_PADDED,
+                )
+                log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
+                delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
+                key_sum, value_sum = accumulate_grad_key_value(
+                    key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                    log2_sum, delta, kept, key_rows, query_rows, batch_head,
+                    score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
+                )  # fmt: skip
+        else:
+            partial_first, partial_last, partial_start, partial_stop = clip_entries(
+                lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
             )
-            log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
-            delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
-            key_sum, value_sum = accumulate_grad_key_value(
-                key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
-                log2_sum, delta, kept, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
-            )  # fmt: skip
+            num_full = full_last - full_first
+            num_strips = num_full + partial_last - partial_first
+            for place in tl.range(0, num_strips, TILE_Q // STRIP):
+                strips, mask_ids, exist = load_strips(
+                    lists, place, full_first, num_full, partial_first, num_strips, TILE_Q // STRIP
+                )
+                kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, True)
+                query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
+                query_tile = load_rows_at(query, batch, head, query_rows, HEAD_DIM, HEAD_DIM_PADDED)
+                grad_out_tile = load_rows_at(
+                    grad_out, batch, head, query_rows, VALUE_DIM, VALUE_DIM_PADDED
+                )
+                log2_sum = tl.load(row_pointers(log2_sums, batch, head) + query_rows)
+                delta = tl.load(row_pointers(deltas, batch, head) + query_rows)
+                key_sum, value_sum = accumulate_grad_key_value(
+                    key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                    log2_sum, delta, kept, key_rows, query_rows, batch_head,
+                    score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
+                )  # fmt: skip
 
         num_edges = full_start + full_stop + partial_start + partial_stop
         for edge in tl.range(0, num_edges, num_stages=1):
@@ -445,16 +509,16 @@ def grad_key_value_kernel(
                 edge, full_first, full_last, full_start, full_stop,
                 partial_first, partial_last, partial_start,
             )  # fmt: skip
-            first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
-            query_rows = first_query_row + tl.arange(0, TILE_Q)
+            first_query_row = tl.load(lists.indices + entry) * WIDTH + q_shift
+            query_rows = first_query_row + tl.arange(0, WIDTH)
             owned = (query_rows >= q_row) & (query_rows < q_end)
-            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
+            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), WIDTH, TILE_KV, True)
             query_tile = load_rows_between(
-                query, batch, head, first_query_row, q_row, q_end, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+                query, batch, head, first_query_row, q_row, q_end, WIDTH, HEAD_DIM, HEAD_DIM_PADDED
             )
             grad_out_tile = load_rows_between(
                 grad_out, batch, head, first_query_row, q_row, q_end,
-                TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
+                WIDTH, VALUE_DIM, VALUE_DIM_PADDED,
             )  # fmt: skip
             # Rows of nobody get p = 2^(s - inf) = 0.
             log2_sum = tl.load(
@@ -463,8 +527,8 @@ def grad_key_value_kernel(
             delta = tl.load(row_pointers(deltas, batch, head) + query_rows, mask=owned, other=0.0)
             key_sum, value_sum = accumulate_grad_key_value(
                 key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
-                log2_sum, delta, kept, key_rows, first_query_row, batch_head,
-                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION, TILE_Q,
+                log2_sum, delta, kept, key_rows, query_rows, batch_head,
+                score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
             )  # fmt: skip
 
     store_rows_between(

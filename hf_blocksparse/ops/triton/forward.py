@@ -21,9 +21,13 @@ from hf_blocksparse.ops.triton.tiles import (
     load_bits,
     load_list,
     load_rows,
+    load_rows_at,
     load_rows_between,
     load_sequence,
+    load_strip_bits,
+    load_strips,
     row_pointers,
+    rows_of_strips,
     store_rows_between,
     subtract_alibi,
     tanh,
@@ -40,7 +44,7 @@ def accumulate_keys(
     value_tile,
     kept,
     query_rows,
-    first_key_row,
+    key_rows,
     batch_head,
     score_scale,
     softcap_scale,
@@ -48,14 +52,12 @@ def accumulate_keys(
     position_shift,
     dropout,
     INPUT_PRECISION: tl.constexpr,
-    TILE_KV: tl.constexpr,
 ):
     """One step of the recurrence. `kept`: bool [tile_q, tile_kv], or None where every coefficient is."""
     raw = tl.dot(query_tile, key_tile.T, input_precision=INPUT_PRECISION)
     if softcap_scale is not None:
         raw = tanh(raw * softcap_scale)
     if alibi_slope is not None:
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
         raw = subtract_alibi(
             raw, alibi_slope, query_rows[:, None], key_rows[None, :], position_shift
         )
@@ -66,7 +68,6 @@ def accumulate_keys(
     shrink = tl.exp2(running_max - new_max)
     running_sum = running_sum * shrink + tl.sum(probabilities, 1)
     if dropout is not None:
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
         keeps = dropout_keeps(dropout, query_rows[:, None], key_rows[None, :], batch_head)
         probabilities = tl.where(keeps, probabilities, 0.0)
     accumulator = add_product(
@@ -103,6 +104,7 @@ def forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
     """Grid: (items, query heads). Writes the rows of `out` and `lse` that the item's sequence owns.
 
@@ -145,54 +147,91 @@ def forward_kernel(
         running_max = tl.full([TILE_Q], -3.0e38, tl.float32)
         running_sum = tl.zeros([TILE_Q], tl.float32)
 
+    WIDTH: tl.constexpr = STRIP if STRIP > 0 else TILE_KV
     full_first, full_last, full_start, full_stop = clip_entries(
-        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_KV
+        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, WIDTH
     )
-    for entry in tl.range(full_first, full_last):
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_tile = load_rows(
-            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
-        )
-        value_tile = load_rows(
-            value,
-            value_descriptor,
-            batch,
-            kv_head,
-            first_key_row,
-            TILE_KV,
-            VALUE_DIM,
-            VALUE_DIM_PADDED,
-        )
-        accumulator, running_max, running_sum = accumulate_keys(
-            accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
-        )  # fmt: skip
+    if STRIP == 0:
+        for entry in tl.range(full_first, full_last):
+            first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+            key_rows = first_key_row + tl.arange(0, TILE_KV)
+            key_tile = load_rows(
+                key,
+                key_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+            )
+            value_tile = load_rows(
+                value,
+                value_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
+            )
+            accumulator, running_max, running_sum = accumulate_keys(
+                accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
 
-    partial_first, partial_last, partial_start, partial_stop = clip_entries(
-        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_KV
-    )
-    for entry in tl.range(partial_first, partial_last):
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-        key_tile = load_rows(
-            key, key_descriptor, batch, kv_head, first_key_row, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
-        value_tile = load_rows(
-            value,
-            value_descriptor,
-            batch,
-            kv_head,
-            first_key_row,
-            TILE_KV,
-            VALUE_DIM,
-            VALUE_DIM_PADDED,
+        for entry in tl.range(partial_first, partial_last):
+            first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
+            key_rows = first_key_row + tl.arange(0, TILE_KV)
+            kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+            key_tile = load_rows(
+                key,
+                key_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+            )
+            value_tile = load_rows(
+                value,
+                value_descriptor,
+                batch,
+                kv_head,
+                first_key_row,
+                TILE_KV,
+                VALUE_DIM,
+                VALUE_DIM_PADDED,
+            )
+            accumulator, running_max, running_sum = accumulate_keys(
+                accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
+    else:
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
-        accumulator, running_max, running_sum = accumulate_keys(
-            accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
-        )  # fmt: skip
+        num_full = full_last - full_first
+        num_strips = num_full + partial_last - partial_first
+        for place in tl.range(0, num_strips, TILE_KV // STRIP):
+            strips, mask_ids, exist = load_strips(
+                lists, place, full_first, num_full, partial_first, num_strips, TILE_KV // STRIP
+            )
+            kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False)
+            key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
+            key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
+            value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
+            accumulator, running_max, running_sum = accumulate_keys(
+                accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
+                query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+                dropout, INPUT_PRECISION,
+            )  # fmt: skip
 
     num_edges = full_start + full_stop + partial_start + partial_stop
     for edge in tl.range(0, num_edges, num_stages=1):
@@ -200,12 +239,12 @@ def forward_kernel(
             edge, full_first, full_last, full_start, full_stop,
             partial_first, partial_last, partial_start,
         )  # fmt: skip
-        first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
-        key_rows = first_key_row + tl.arange(0, TILE_KV)
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
+        first_key_row = tl.load(lists.indices + entry) * WIDTH + kv_shift
+        key_rows = first_key_row + tl.arange(0, WIDTH)
+        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, WIDTH, False)
         kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
         key_tile = load_rows_between(
-            key, batch, kv_head, first_key_row, kv_row, kv_end, TILE_KV, HEAD_DIM, HEAD_DIM_PADDED
+            key, batch, kv_head, first_key_row, kv_row, kv_end, WIDTH, HEAD_DIM, HEAD_DIM_PADDED
         )
         value_tile = load_rows_between(
             value,
@@ -214,14 +253,14 @@ def forward_kernel(
             first_key_row,
             kv_row,
             kv_end,
-            TILE_KV,
+            WIDTH,
             VALUE_DIM,
             VALUE_DIM_PADDED,
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
-            query_rows, first_key_row, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
-            dropout, INPUT_PRECISION, TILE_KV,
+            query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
+            dropout, INPUT_PRECISION,
         )  # fmt: skip
 
     is_empty = running_sum == 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_blocksparse.block_index import BlockIndex
+from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
 from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
@@ -26,7 +26,14 @@ from hf_blocksparse.ops.triton.decode_sizes import (
     num_splits,
 )
 from hf_blocksparse.ops.triton.forward import forward_kernel
-from hf_blocksparse.ops.triton.tile_sizes import Direction, TileSizes, backend_of, tile_sizes
+from hf_blocksparse.ops.triton.tile_sizes import (
+    GATHERED_RATE,
+    Direction,
+    TileSizes,
+    backend_of,
+    gathered_tile_sizes,
+    tile_sizes,
+)
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
 IS_INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
@@ -55,8 +62,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, without gradients; `scale` is positive."""
     batch, heads, query_len, _ = query.shape
-    sizes = _sizes(query, value, problem, "forward")
-    index = problem.index_for(sizes.tile_q, sizes.tile_kv)
+    sizes, index = _sizes_and_index(query, value, problem, "forward")
     items = problem.sequences.q_items(sizes.tile_q)
     out = empty_rows_like(query, value.shape[-1])
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
@@ -72,8 +78,8 @@ def launch_forward(
                 _rows(query),
                 _rows(key),
                 _rows(value),
-                _descriptor(key, sizes.tile_kv),
-                _descriptor(value, sizes.tile_kv),
+                _descriptor(key, sizes.tile_kv, sizes.strip),
+                _descriptor(value, sizes.tile_kv, sizes.strip),
                 sinks,
                 _rows(out),
                 _rows(lse),
@@ -217,7 +223,7 @@ def launch_backward(
     grad_key = grad_value = grad_sinks = None
     with current_device(query.device):
         # Also where the query needs no gradient: the kernel makes the row terms, which all the others need.
-        sizes = _sizes(query, value, problem, "grad_query")
+        sizes, index = _sizes_and_index(query, value, problem, "grad_query")
         items = sequences.q_items(sizes.tile_q)
         grad_query = empty_rows_like(query, query.shape[-1])
         if not sequences.covers_queries:
@@ -237,12 +243,12 @@ def launch_backward(
                 _NO_ROWS if grad_lse is None else _rows(grad_lse),
                 log2_sum_rows,
                 delta_rows,
-                _descriptor(key, sizes.tile_kv),
-                _descriptor(value, sizes.tile_kv),
+                _descriptor(key, sizes.tile_kv, sizes.strip),
+                _descriptor(value, sizes.tile_kv, sizes.strip),
                 _rows(grad_query),
                 items,
                 sequences.table,
-                tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[0],
+                tile_lists(index)[0],
                 scale,
                 score_scale,
                 softcap_scale,
@@ -254,7 +260,7 @@ def launch_backward(
             _options(sizes),
         )
         if needed[1] or needed[2]:
-            sizes = _sizes(query, value, problem, "grad_key_value")
+            sizes, index = _sizes_and_index(query, value, problem, "grad_key_value")
             items = sequences.kv_items(sizes.tile_kv)
             grad_key = empty_rows_like(key, key.shape[-1])
             grad_value = empty_rows_like(value, value.shape[-1])
@@ -271,13 +277,13 @@ def launch_backward(
                     grad_out_rows,
                     log2_sum_rows,
                     delta_rows,
-                    _descriptor(query, sizes.tile_q),
-                    _descriptor(grad_out, sizes.tile_q),
+                    _descriptor(query, sizes.tile_q, sizes.strip),
+                    _descriptor(grad_out, sizes.tile_q, sizes.strip),
                     _rows(grad_key),
                     _rows(grad_value),
                     items,
                     sequences.table,
-                    tile_lists(problem.index_for(sizes.tile_q, sizes.tile_kv))[1],
+                    tile_lists(index)[1],
                     scale,
                     score_scale,
                     softcap_scale,
@@ -379,8 +385,11 @@ def _padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction) -> TileSizes:
-    return tile_sizes(
+def _sizes_and_index(
+    query: Tensor, value: Tensor, problem: Problem, direction: Direction
+) -> tuple[TileSizes, BlockIndex]:
+    """Tile sizes and the index for them, of strips where the index finds that those suit the layout."""
+    facts = (
         *backend_of(query.device),
         direction,
         query.shape[-1],
@@ -388,6 +397,13 @@ def _sizes(query: Tensor, value: Tensor, problem: Problem, direction: Direction)
         query.element_size(),
         problem.block_size,
     )
+    sizes, gathered = tile_sizes(*facts), gathered_tile_sizes(*facts)
+    if gathered is None:
+        return sizes, problem.index_for(sizes.tile_q, sizes.tile_kv)
+    strips = Strips(*gathered.index_shape(direction), GATHERED_RATE)
+    index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, strips)
+    is_of_strips = (index.tile_q, index.tile_kv) == strips[:2]
+    return gathered if is_of_strips else sizes, index
 
 
 def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
@@ -403,6 +419,7 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> 
         TILE_Q=sizes.tile_q,
         TILE_KV=sizes.tile_kv,
         INPUT_PRECISION=precision,
+        STRIP=sizes.strip,
     )
 
 
@@ -437,8 +454,10 @@ def _rows(tensor: Tensor) -> StridedRows:
     return StridedRows(tensor, tensor.stride()[:3])
 
 
-def _descriptor(tensor: Tensor, tile: int) -> TensorDescriptor | None:
-    """A tensor descriptor of blocks of `tile` rows of one head, None where hardware or alignment forbid it."""
+def _descriptor(tensor: Tensor, tile: int, strip: int = 0) -> TensorDescriptor | None:
+    """A tensor descriptor of blocks of `tile` rows of one head, None where strips, hardware or alignment forbid it."""
+    if strip:
+        return None
     strides = descriptor_strides(
         *backend_of(tensor.device), tuple(tensor.shape), tensor.stride(), tensor.element_size()
     )

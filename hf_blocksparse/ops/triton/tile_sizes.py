@@ -2,13 +2,14 @@
 
 Chosen by architecture, direction, head size, element size and the layout's grain. A tile as large as a block keeps
 tile efficiency at one; larger blocks and token-exact layouts get the tiles that keep the tensor cores busiest. Blocks
-below 64 get tiles of 64, whose unions run faster than small tiles would, but for the sparsest random layouts.
+below 64 get tiles of 64, which run faster than small tiles would: either tiles of the grid, each the union of its blocks,
+or tiles gathered from strips as wide as a block, where those leave out enough (see `GATHERED_RATE`).
 
 The rows for sm_90 and head sizes 64 and 128 were picked from trials on an NVIDIA H200 with Triton 3.6, of which no record is
 kept: run scripts/benchmark.py to judge them. The other rows fit shared memory and are not measured yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -16,18 +17,38 @@ import torch
 
 Direction = Literal["forward", "grad_query", "grad_key_value"]
 
+GATHERED_RATE = 0.7
+"""Coefficients that a kernel computes from gathered strips in the time in which it computes one from a tile of the grid.
+
+So strips are taken where their share of the tiles' coefficients is at most this. Not measured yet.
+"""
+
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
 """What one program may use, by family; `small` fits every other chip, AMD's among them."""
+
+SMALLEST_STRIP = 16
+"""Fewer rows make no product: strips at the ends of a sequence are multiplied one by one."""
 
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Rows of a query tile and of a key tile, and how the compiler spreads and pipelines the work."""
+    """Rows of a query tile and of a key tile, and how the compiler spreads and pipelines the work.
+
+    With a `strip` the tiles that a program walks (of keys; of queries in grad_key_value) are gathered from strips of so many rows, and
+    the index is one of strips.
+    """
 
     tile_q: int
     tile_kv: int
     num_warps: int
     num_stages: int
+    strip: int = 0
+
+    def index_shape(self, direction: Direction) -> tuple[int, int]:
+        """Tile shape of the index that a kernel with these sizes walks."""
+        if direction == "grad_key_value":
+            return self.strip or self.tile_q, self.tile_kv
+        return self.tile_q, self.strip or self.tile_kv
 
 
 @cache
@@ -105,9 +126,22 @@ _TABLE: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int
     },
 }
 
+# With strips, {largest padded head size: (tile_q, tile_kv, num_warps, num_stages)}; elsewhere the sizes without them, and three stages
+# where there is a pipeline: it loads the numbers of strips as long before their rows as these before their products, so that it takes
+# two stages more for each tile it loads ahead. Not measured yet.
+_GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]] = {
+    ("sm_90", "forward", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    ("sm_90", "grad_query", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    ("sm_90", "grad_key_value", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+}
+
 # Any other chip, and every float32 kernel, whose products run on the ordinary cores: {largest padded head size: sizes}.
 _SMALL_HALF = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
 _SMALL_FLOAT = {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}
+
+
+def _size_class(head_dim: int, value_dim: int) -> int:
+    return next(size for size in (64, 128, 256) if max(head_dim, value_dim) <= size)
 
 
 @cache
@@ -133,7 +167,7 @@ def tile_sizes(
     family = family_of(backend, capability)
     if family == "interpreter":
         return TileSizes(64, 64, 4, 1) if block_size in (1, 64, 128) else TileSizes(32, 32, 4, 1)
-    size = next(size for size in (64, 128, 256) if max(head_dim, value_dim) <= size)
+    size = _size_class(head_dim, value_dim)
     grains = _TABLE.get((family, direction, element_bytes))
     if grains is not None:
         return TileSizes(*grains[size][64 if 1 < block_size <= 64 else 128])
@@ -143,3 +177,33 @@ def tile_sizes(
     if direction == "grad_key_value":
         tile_q, tile_kv = tile_kv, tile_q
     return TileSizes(tile_q, tile_kv, num_warps, num_stages)
+
+
+@cache
+def gathered_tile_sizes(
+    backend: str,
+    capability: int,
+    direction: Direction,
+    head_dim: int,
+    value_dim: int,
+    element_bytes: int,
+    block_size: int,
+) -> TileSizes | None:
+    """Sizes for the same kernel with tiles gathered from strips as wide as a block; None where a block is as wide as the tile.
+
+    Arguments as of `tile_sizes`.
+    """
+    sizes = tile_sizes(
+        backend, capability, direction, head_dim, value_dim, element_bytes, block_size
+    )
+    walked = 0 if direction == "grad_key_value" else 1
+    if not SMALLEST_STRIP <= block_size < sizes.index_shape(direction)[walked]:
+        return None
+    known = _GATHERED.get((family_of(backend, capability), direction, element_bytes), {})
+    size = _size_class(head_dim, value_dim)
+    if size in known:
+        sizes = TileSizes(*known[size])
+    elif sizes.num_stages > 1:
+        sizes = replace(sizes, num_stages=3)
+    is_tile = sizes.index_shape(direction)[walked] == block_size
+    return replace(sizes, strip=0 if is_tile else block_size)

@@ -123,6 +123,27 @@ def edge_entry(
 
 
 @triton.jit
+def load_strips(
+    lists, place, full_first, num_full, partial_first, num_strips, STRIPS: tl.constexpr
+):
+    """Numbers and mask ids [STRIPS] of the strips from `place` on, full ones before partial ones, and which of them there are.
+
+    Past the end of the list the last strip is repeated.
+    """
+    places = place + tl.arange(0, STRIPS)
+    entries = tl.minimum(places, num_strips - 1)
+    entries += tl.where(entries < num_full, full_first, partial_first - num_full)
+    return tl.load(lists.indices + entries), tl.load(lists.mask_ids + entries), places < num_strips
+
+
+@triton.jit
+def rows_of_strips(strips, shift, STRIP: tl.constexpr, TILE: tl.constexpr):
+    """Tensor rows [TILE] of strips; `shift` leads from positions to rows."""
+    rows = strips[:, None] * STRIP + tl.arange(0, STRIP)[None, :]
+    return rows.reshape([TILE]) + shift
+
+
+@triton.jit
 def row_pointers(tensor, batch, head):
     """Pointer to row 0 of one head."""
     return (
@@ -193,6 +214,18 @@ def load_rows_between(
 
 
 @triton.jit
+def load_rows_at(tensor, batch, head, rows, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
+    """The given rows, all of which exist, [number of rows, DIM_PADDED]; zero past DIM."""
+    dims = tl.arange(0, DIM_PADDED)
+    first = row_pointers(tensor, batch, head) + dims[None, :]
+    pointers = first + rows.to(tl.int64)[:, None] * tensor.strides[2]
+    if DIM == DIM_PADDED:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
+
+
+@triton.jit
 def store_rows_between(
     tensor,
     values,
@@ -237,6 +270,39 @@ def load_bits(bank, mask_id, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TRANSP
         place = queries[:, None] * WORDS + words[None, :]
         packed = tl.load(entry + place, mask=(place + mask_id) >= place, other=-1)
         kept = (packed[:, :, None] >> bits[None, None, :]).reshape([TILE_Q, TILE_KV])
+    return (kept & 1) != 0
+
+
+@triton.jit
+def load_strip_bits(
+    bank,
+    mask_ids,
+    exist,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    STRIP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """`load_bits` of a tile gathered from strips: of keys, [TILE_Q, TILE_KV], or of queries and then transposed.
+
+    A full strip (-1) keeps all, one that does not exist nothing.
+    """
+    all_bits = tl.where(exist & (mask_ids < 0), -1, 0)
+    has_bits = exist & (mask_ids >= 0)
+    if TRANSPOSED:
+        WIDTH: tl.constexpr = 32 if TILE_KV >= 32 else TILE_KV
+        WORDS: tl.constexpr = TILE_KV // WIDTH
+        words = tl.arange(0, WORDS)
+        row = mask_ids.to(tl.int64)[:, None] * STRIP + tl.arange(0, STRIP)[None, :]
+        pointers = bank + row[None, :, :] * WORDS + words[:, None, None]
+        packed = tl.load(pointers, mask=has_bits[None, :, None], other=0)
+        packed = (packed | all_bits[None, :, None]).reshape([WORDS, TILE_Q])
+        kept = (packed[:, None, :] >> tl.arange(0, WIDTH)[None, :, None]).reshape([TILE_KV, TILE_Q])
+    else:
+        queries = tl.arange(0, TILE_Q)
+        pointers = bank + mask_ids.to(tl.int64)[None, :] * TILE_Q + queries[:, None]
+        packed = tl.load(pointers, mask=has_bits[None, :], other=0) | all_bits[None, :]
+        kept = (packed[:, :, None] >> tl.arange(0, STRIP)[None, None, :]).reshape([TILE_Q, TILE_KV])
     return (kept & 1) != 0
 
 
