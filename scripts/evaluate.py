@@ -12,6 +12,7 @@ frontier of density, perplexity and time among them) and a card to `model_cards/
 """
 
 import gc
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -130,6 +131,7 @@ def read_text(text: TextArguments) -> Any:
         max_documents=text.max_documents,
         config=text.dataset_config,
         split=text.dataset_split,
+        join_folders=text.join_folders,
     )
 
 
@@ -181,7 +183,12 @@ def publish(
         ),
         record,
     )
-    draw_figures(record)
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            f"no figures, matplotlib is not installed; from the record: python scripts/plot.py {record}"
+        )
+    else:
+        draw_figures(record)
     card = write_model_card(record)
     print(f"\n{quality_table(results)}\n")
     if results.costs:

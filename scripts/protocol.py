@@ -97,6 +97,9 @@ class TextArguments:
         default="text", metadata={"help": "column of .jsonl, .parquet and hub datasets"}
     )
     max_documents: int = field(default=2000, metadata={"help": "rows read of a hub dataset"})
+    join_folders: bool = field(
+        default=False, metadata={"help": "the files of each folder are one document"}
+    )
     context_tokens: int = field(default=4096, metadata={"help": "tokens of every window"})
 
 
