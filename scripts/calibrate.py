@@ -178,9 +178,8 @@ def judge_heads(
 ) -> HeadShares:
     """Share of every key-value head in what full attention gains on `windows` from `first_target` on."""
     device = next(model.parameters()).device
-    gates = torch.zeros(
-        model.config.get_text_config().num_hidden_layers, kv_heads, device=device
-    ).requires_grad_()
+    num_layers = model.config.get_text_config().num_hidden_layers
+    gates = torch.zeros(num_layers, kv_heads, device=device).requires_grad_()
     model.requires_grad_(False)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     gains = torch.zeros_like(gates, dtype=torch.float64)

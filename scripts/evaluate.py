@@ -24,7 +24,7 @@ import torch
 from attention_cost import FORWARD_AND_BACKWARD
 from corpus import Windows, cut_windows, load_corpus
 from evaluation_card import cost_table, quality_table
-from evaluation_results import DENSE, GIVEN, EvaluationResults
+from evaluation_results import DENSE, GIVEN, EvaluationResults, LengthCost
 from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import (
@@ -253,37 +253,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        with phases("measure time and memory"):
-            costs = measure_costs(
-                protocol, source.path, attentions, held_out, device=device, dtype=dtype
+
+        def publish_with(costs: Sequence[LengthCost]) -> None:
+            publish(
+                EvaluationResults(
+                    name=name,
+                    context_tokens=text.context_tokens,
+                    scored_tokens=protocol.score_tokens,
+                    model=facts,
+                    text=text_facts(corpus, held_out, training),
+                    attentions=tuple(facts for facts, _ in attentions.values()),
+                    qualities=tuple(measurements.rows),
+                    costs=tuple(costs),
+                    trainings=(),
+                ),
+                script=__file__,
+                arguments=recorded_arguments(
+                    model_arguments,
+                    text,
+                    protocol,
+                    arguments,
+                    layouts=[json.dumps(layout.to_dict()) for layout in layouts],
+                    name=name,
+                ),
+                seed=arguments.seed,
+                environment=environment,
+                phases=phases,
+                cards=Path(arguments.cards),
             )
-    results = EvaluationResults(
-        name=name,
-        context_tokens=text.context_tokens,
-        scored_tokens=protocol.score_tokens,
-        model=facts,
-        text=text_facts(corpus, held_out, training),
-        attentions=tuple(facts for facts, _ in attentions.values()),
-        qualities=tuple(measurements.rows),
-        costs=tuple(costs),
-        trainings=(),
-    )
-    publish(
-        results,
-        script=__file__,
-        arguments=recorded_arguments(
-            model_arguments,
-            text,
-            protocol,
-            arguments,
-            layouts=[json.dumps(layout.to_dict()) for layout in layouts],
-            name=name,
-        ),
-        seed=arguments.seed,
-        environment=environment,
-        phases=phases,
-        cards=Path(arguments.cards),
-    )
+
+        # Costs come from processes that may take long: what was measured before is written first.
+        publish_with(())
+        if protocol.cost_repetitions:
+            with phases("measure time and memory"):
+                costs = measure_costs(
+                    protocol, source.path, attentions, held_out, device=device, dtype=dtype
+                )
+            publish_with(costs)
 
 
 if __name__ == "__main__":
