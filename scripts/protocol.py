@@ -9,6 +9,7 @@ tell what perplexity hides.
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_blocksparse import (
+    Dense,
     Layout,
+    PerHead,
     PerLayer,
     SlidingWindow,
     patch_model,
@@ -97,6 +100,9 @@ class TextArguments:
         default="text", metadata={"help": "column of .jsonl, .parquet and hub datasets"}
     )
     max_documents: int = field(default=2000, metadata={"help": "rows read of a hub dataset"})
+    join_folders: bool = field(
+        default=False, metadata={"help": "the files of each folder are one document"}
+    )
     context_tokens: int = field(default=4096, metadata={"help": "tokens of every window"})
 
 
@@ -229,6 +235,18 @@ def layout_name(layout: Layout) -> str:
     return f"{layout.kind}:{options}" if options else layout.kind
 
 
+def layout_description(layout: Layout, layers: Sequence[Layout | None], num_heads: int) -> str:
+    """Its `repr`; where heads or layers differ, how many heads have which (of `layers`, None is the model's own)."""
+    if not isinstance(layout, PerHead | PerLayer):
+        return repr(layout)
+    counts: Counter[str] = Counter()
+    for one in layers:
+        heads = one.layouts if isinstance(one, PerHead) else (one or Dense(),) * num_heads
+        counts.update(map(repr, heads))
+    total = len(layers) * num_heads
+    return ", ".join(f"{name} in {count} of {total} heads" for name, count in counts.most_common())
+
+
 def describe_layout(layout: Layout, num_layers: int, num_heads: int, context: int) -> LayoutFacts:
     """Density over all layers, and the plain window with at least as many coefficients."""
     if isinstance(layout, PerLayer):
@@ -257,7 +275,7 @@ def describe_layout(layout: Layout, num_layers: int, num_heads: int, context: in
     window = next(size for size in range(1, context + 1) if kept_by_window(size) >= budget)
     return LayoutFacts(
         layout=layout.to_dict(),
-        description=repr(layout),
+        description=layout_description(layout, layers, num_heads),
         density=density,
         window_tokens=window,
         window_density=kept_by_window(window) / triangle,
@@ -507,5 +525,8 @@ def measure_costs(
             repetitions=arguments.cost_repetitions,
             warmup=1,
         )
-        rows.append(LengthCost(tokens, cost_row(name, WHOLE_MODEL, arguments.cost_work, measure)))
+        row = cost_row(name, WHOLE_MODEL, arguments.cost_work, measure)
+        rows.append(LengthCost(tokens, row))
+        found = row.failure or (row.cost and f"{row.cost.median_seconds:.3f} s")
+        bar.write(f"  {tokens:,} tokens, {name}: {found}")
     return rows

@@ -38,7 +38,7 @@ class LayoutFacts:
 
     Attributes:
         layout: as in the model's configuration.
-        description: its `repr`.
+        description: its `repr`; where heads differ, how many have which.
         density: coefficients kept / coefficients of the causal triangle, mean over layers.
         window_tokens: the plain sliding window of the same budget: the smallest one that keeps at
             least as many coefficients.

@@ -4,6 +4,7 @@ import json
 import os
 
 import convert
+import pretrained
 import pytest
 import torch
 from layout_argument import read_layout
@@ -48,6 +49,22 @@ def test_layout_and_positions(source, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "no tokenizer" not in shown and "LlamaForCausalLM of tiny-llama in" in shown
     assert "SlidingWindow(window=9)" in shown and "256 before, 1024 now" in shown
+
+
+def test_what_is_known_of_a_model_stays_with_it(source, tmp_path):
+    """Cards made from a converted model say what they would say of its source."""
+    folder = tmp_path / "long"
+    convert.main([f"--model={source}", "--max-position-embeddings=1024", f"--output={folder}"])
+    found = pretrained.find_model(str(folder), tmp_path)
+    assert (found.name, found.path) == ("tiny-llama", str(folder))
+    assert found.base_model is None and found.licence is None
+    (note,) = found.notes
+    assert note.startswith("Positions were extended from 256 to 1,024 (default method)")
+    again = tmp_path / "again"
+    convert.main([f"--model={folder}", f"--layout={WINDOW}", f"--output={again}"])
+    found = pretrained.find_model(str(again), tmp_path, base_model="o/m", licence="mit")
+    assert (found.base_model, found.licence, found.notes) == ("o/m", "mit", (note,))
+    assert str(tmp_path) not in (again / pretrained.SOURCE_FILE).read_text()
 
 
 def test_an_encoder_keeps_its_head_and_needs_no_tokenizer(tmp_path, capsys):

@@ -309,6 +309,20 @@ def test_corpora_of_rows(tmp_path):
         corpus.load_corpus(str(tmp_path / "rows.jsonl"))
 
 
+def test_files_of_a_folder_are_one_document(tmp_path):
+    for name in ("b/two.py", "b/one.py", "a/x.py", "b/below/y.py", "top.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    read = corpus.load_corpus(str(tmp_path), join_folders=True)
+    assert {document.name: document.text for document in read.documents} == {
+        ".": "top.py\ntext of top.py\n",
+        "a": "a/x.py\ntext of a/x.py\n",
+        "b": "b/one.py\ntext of b/one.py\nb/two.py\ntext of b/two.py\n",
+        "b/below": "b/below/y.py\ntext of b/below/y.py\n",
+    }
+    assert read.description.endswith(", the files of each folder joined")
+
+
 def test_standard_library_is_a_corpus_without_its_tests():
     documents = corpus.load_corpus("python-stdlib").documents
     names = {document.name for document in documents}
