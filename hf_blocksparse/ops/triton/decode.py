@@ -190,8 +190,8 @@ def decode_kernel(
         )
         accumulator, running_max, running_sum = accumulate_keys(
             accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
-            query_rows, first_key_row, 0, score_scale, softcap_scale, alibi_slope,
-            q_pos - q_row + kv_shift, None, INPUT_PRECISION, TILE_KV,
+            query_rows, key_rows, 0, score_scale, softcap_scale, alibi_slope,
+            q_pos - q_row + kv_shift, None, INPUT_PRECISION,
         )  # fmt: skip
 
     value_dims = tl.arange(0, VALUE_DIM_PADDED)

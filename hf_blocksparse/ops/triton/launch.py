@@ -92,7 +92,7 @@ def launch_forward(
                 _dropout(problem),
                 heads // key.shape[1],
             ),
-            _constants(query, value, sizes),
+            _constants(query, value, sizes) | dict(STRIP=sizes.strip),
             _options(sizes),
         )
     return out, lse
@@ -256,7 +256,7 @@ def launch_backward(
                 dropout,
                 heads // kv_heads,
             ),
-            _constants(query, value, sizes),
+            _constants(query, value, sizes) | dict(STRIP=sizes.strip),
             _options(sizes),
         )
         if needed[1] or needed[2]:
@@ -291,7 +291,7 @@ def launch_backward(
                     dropout,
                     heads // kv_heads,
                 ),
-                _constants(query, value, sizes),
+                _constants(query, value, sizes) | dict(STRIP=sizes.strip),
                 _options(sizes),
             )
     if sinks is not None and needed[3]:
@@ -419,7 +419,6 @@ def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> 
         TILE_Q=sizes.tile_q,
         TILE_KV=sizes.tile_kv,
         INPUT_PRECISION=precision,
-        STRIP=sizes.strip,
     )
 
 
