@@ -63,6 +63,10 @@ CASES = (
 )
 
 
+# Queries, and whether their rows are split over programs.
+DECODES = ((1, True), (64, False))
+
+
 class Constant:
     """A value that is known when the kernel is compiled."""
 
@@ -256,11 +260,24 @@ def compile_combine(target: GPUTarget, case: Case) -> Any:
     return compile_kernel(combine_kernel, arguments, target, {"enable_fp_fusion": True})
 
 
+def print_record(
+    kernel: str, case: Case, sizes: TileSizes | DecodeSizes, compiled: Any, **more: Any
+) -> None:
+    record = {
+        "kernel": kernel,
+        "case": asdict(case) | more,
+        "sizes": asdict(sizes),
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
+    }
+    print(json.dumps(record), flush=True)
+
+
 def main(name: str) -> None:
     target = TARGETS[name]
     has_descriptors = target.backend == "cuda" and target.arch >= 90
     capability = target.arch if target.backend == "cuda" else 0
-    for case in CASES:
+    for number, case in enumerate(CASES):
         sizes = decode_sizes(
             target.backend,
             capability,
@@ -269,18 +286,12 @@ def main(name: str) -> None:
             ELEMENT_BYTES[case.dtype],
             case.block_size,
         )
-        for queries, is_split in ((1, True), (64, False)):
+        # A row split over programs and a whole one, in turn; the first case has both.
+        for queries, is_split in DECODES if number == 0 else DECODES[number % 2 :][:1]:
             compiled = compile_decode(target, case, sizes, queries, is_split)
-            record = {
-                "kernel": "decode",
-                "case": asdict(case) | {"queries": queries, "is_split": is_split},
-                "sizes": asdict(sizes),
-                "shared": compiled.metadata.shared,
-                "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
-            }
-            print(json.dumps(record), flush=True)
-        shared = compile_combine(target, case).metadata.shared
-        print(json.dumps({"kernel": "combine", "case": asdict(case), "shared": shared}), flush=True)
+            print_record("decode", case, sizes, compiled, queries=queries, is_split=is_split)
+        if case.head_dim in (128, 256):
+            print_record("combine", case, sizes, compile_combine(target, case))
         for kernel_name, kernel in KERNELS.items():
             choose = gathered_tile_sizes if case.gathered else tile_sizes
             sizes = choose(
@@ -300,15 +311,9 @@ def main(name: str) -> None:
                 "num_stages": sizes.num_stages,
                 "enable_fp_fusion": True,
             }
-            compiled = compile_kernel(kernel, arguments, target, options)
-            record = {
-                "kernel": kernel_name,
-                "case": asdict(case),
-                "sizes": asdict(sizes),
-                "shared": compiled.metadata.shared,
-                "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
-            }
-            print(json.dumps(record), flush=True)
+            print_record(
+                kernel_name, case, sizes, compile_kernel(kernel, arguments, target, options)
+            )
 
 
 if __name__ == "__main__":
