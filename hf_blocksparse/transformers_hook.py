@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.hub_kernel import names_this_package
 from hf_blocksparse.kept_keys import KeptKeys, kept_keys
 from hf_blocksparse.layout_files import (
     find_beside,
@@ -639,13 +640,16 @@ def _register_modeling(module: ModuleType) -> None:
         section = section_of(self.config)
         by_section = is_init_check and attn_implementation is None and section is not None
         if not by_section and attn_implementation != IMPLEMENTATION:
-            if section is not None:
-                warnings.warn(
-                    f"attn_implementation={attn_implementation!r} was asked for, so the model runs dense although its configuration "
-                    "carries block-sparse layouts; leave attn_implementation out to use them.",
-                    stacklevel=2,
-                )
-            return check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+            chosen = check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+            if not names_this_package(chosen):
+                if section is not None:
+                    warnings.warn(
+                        f"attn_implementation={attn_implementation!r} was asked for, so the model runs dense although its configuration "
+                        "carries block-sparse layouts; leave attn_implementation out to use them.",
+                        stacklevel=2,
+                    )
+                return chosen
+            section = _read_again(self.config)
         if section is None:
             if is_init_check and any(
                 section_of(part) for _, part in registered_configs(self.config)
@@ -670,11 +674,24 @@ def _register_modeling(module: ModuleType) -> None:
     @functools.wraps(post_init)
     def post_init_with_layouts(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = post_init(self, *args, **kwargs)
+        chosen = self.config._attn_implementation
+        if names_this_package(chosen):
+            # This package came with the kernel that the check of this very model loaded: do now what it would have done.
+            self.config._attn_implementation_internal = check_with_section(self, chosen, True)
         attach_from_config(self)
         return result
 
     base._check_and_adjust_attn_implementation = check_with_section
     base.post_init = post_init_with_layouts
+
+
+def _read_again(config: Any) -> dict[str, Any] | None:
+    """The section of a configuration that may be older than this import, when nothing looked at what was written there."""
+    for _, part in registered_configs(config):
+        given = section_of(part)
+        if given is not None and "layouts" not in given:
+            part.__dict__[SECTION] = check_config_value(given)
+    return section_of(config)
 
 
 def state_missing(model: nn.Module) -> bool:
