@@ -16,7 +16,9 @@ from hf_blocksparse.model_layouts import IMPLEMENTATION
 supports_flash_attn = True
 
 
-def flash_attn_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def flash_attn_forward(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """The attention function `block_sparse`, in the signature of transformers."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

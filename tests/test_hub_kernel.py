@@ -22,7 +22,7 @@ import build_hub_kernel  # noqa: E402
 REPO = "someone/hf-blocksparse"
 
 # Only the download is replaced, and only where transformers finds no `kernels` package that it works with.
-START = f"""
+START = """
 import importlib.util, json, os, sys, traceback, warnings
 from pathlib import Path
 
@@ -72,7 +72,7 @@ for name, code in json.loads(cases).items():
             exec(code)
             status = 0
         except BaseException:
-            print(f"--- {{name}}", traceback.format_exc(), file=sys.stderr, flush=True)
+            print(f"--- {name}", traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(status)
     if os.waitpid(child, 0)[1]:
         failed.append(name)

@@ -26,6 +26,8 @@ from torch.distributed.tensor.experimental import context_parallel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
@@ -319,6 +321,69 @@ def test_layers_not_named_keep_their_own_attention_in_generation():
         patch_model(model, {layer: Dense()})
         assert torch.equal(model.generate(**batch, **options), expected)
         assert torch.equal(model.generate(**batch, **options, **static), expected)
+
+
+def layouts_in(model):
+    """Which attention modules have a layout of their own."""
+    states = {path: state_of(module) for path, module in model.named_modules()}
+    return {path: state.layout for path, state in states.items() if state and state.layout}
+
+
+def deep(family, **options):
+    torch.manual_seed(0)
+    config = FAMILIES[family]().config
+    values = config.to_dict() | {"num_hidden_layers": 8, "layer_types": None} | options
+    return type(FAMILIES[family]())(type(config)(**values)).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "chosen", "has"),
+    [
+        ("llama", dict(dense_every=4), {}, [0, 1, 2, 4, 5, 6]),
+        ("llama", dict(layers=range(1, 8, 3)), {}, [1, 4, 7]),
+        ("llama", dict(layers=[6, 2, 4], dense_every=2), {}, [2, 6]),
+        ("gemma3", dict(layers="full_attention"), {"sliding_window_pattern": 4}, [3, 7]),
+        ("gemma3", dict(layers="sliding_attention"), {}, [0, 1, 2, 3, 4, 6, 7]),
+        ("gemma3", dict(layers="sliding_attention", dense_every=3), {}, [0, 1, 3, 4, 7]),
+    ],
+)
+def test_layers_are_chosen_by_number_type_and_turn(family, options, chosen, has):
+    model = deep(family, **chosen)
+    batch = make_batch()
+    dense = model(**batch).logits
+    patch_model(model, SinkWindow(1, 4), **options)
+    assert layouts_in(model) == {f"model.layers.{n}.self_attn": SinkWindow(1, 4) for n in has}
+    # What is saved names the layers, and is the same as naming them.
+    assert sorted(map(int, model.config.block_sparse["layouts"])) == has
+    sparse = model(**batch).logits
+    named = patch_model(deep(family, **chosen), {n: SinkWindow(1, 4) for n in has})
+    assert torch.equal(named(**batch).logits, sparse)
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+
+
+def test_layers_are_counted_in_each_stack_and_cross_attention_is_left():
+    model = patch_model(bart(), SlidingWindow(4), dense_every=2)
+    names = {f"model.{stack}.layers.0.self_attn" for stack in ("encoder", "decoder")}
+    assert set(layouts_in(model)) == names
+    # Only the text part has such layers.
+    model = llava()
+    model.config.text_config.layer_types = ["full_attention"] * 2
+    patch_model(model, SlidingWindow(4), layers="full_attention", dense_every=2)
+    assert set(layouts_in(model)) == {"model.language_model.layers.0.self_attn"}
+
+
+def test_replaced_families_read_every_key_in_the_layers_left_out():
+    torch.manual_seed(0)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=HEADS)
+    ).eval()
+    batch = make_batch()
+    patch_model(model, SlidingWindow(3), dense_every=2)
+    found = [state_of(block.self_attention).layout for block in model.transformer.h]
+    assert found == [SlidingWindow(3), Dense()] * 2
+    logits = model(**batch).logits
+    layouts = {0: SlidingWindow(3), 1: Dense(), 2: SlidingWindow(3), 3: Dense()}
+    assert torch.equal(patch_model(model, layouts)(**batch).logits, logits)
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf", "lowest"])
@@ -846,6 +911,16 @@ def test_is_causal_false_makes_a_decoder_bidirectional():
             ValueError,
             "3 heads in .*; the query has 4 heads",
         ),
+        (Dense(), {"layers": [0, 2]}, ValueError, "layers got 2, but Llama.* layers 0..1"),
+        (Dense(), {"layers": [-1]}, ValueError, "layers got -1, but Llama"),
+        (Dense(), {"layers": []}, TypeError, r"layers got \[\]; it must be one of"),
+        (Dense(), {"layers": 3}, TypeError, "layers got 3; it must be one of"),
+        (Dense(), {"layers": [True]}, TypeError, r"layers got \[True\]"),
+        (Dense(), {"layers": "sliding_attention"}, ValueError, "Llama.* has no layer_types"),
+        (Dense(), {"dense_every": 1}, ValueError, "dense_every got 1; it must be an integer of at"),
+        (Dense(), {"dense_every": 2.0}, ValueError, "dense_every got 2.0"),
+        ({0: Dense()}, {"dense_every": 2}, TypeError, "layout got layouts by layer"),
+        (PerLayer({0: Dense()}), {"layers": [1]}, TypeError, "layout got layouts by layer"),
     ],
 )
 def test_wrong_layouts_are_refused_and_change_nothing(layout, options, error, message):
@@ -854,6 +929,11 @@ def test_wrong_layouts_are_refused_and_change_nothing(layout, options, error, me
     with pytest.raises(error, match=message):
         patch_model(model, layout, **options)
     assert model.config.to_dict() == before and model.config._attn_implementation == "eager"
+
+
+def test_a_type_of_layers_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"types \['full_attention', 'sliding_attention'\]"):
+        patch_model(make_model("gemma3"), SlidingWindow(4), layers="global_attention")
 
 
 def test_wrong_models_are_refused():
