@@ -525,6 +525,8 @@ def _traceable() -> tuple[Callable, Callable]:
             is_plain = attention_mask is None and _is_plain(state_of(module), kwargs)
             has_all_heads = num_query_heads(module) == query.shape[1]
             in_graph = is_plain and is_whole and has_all_heads and not has_own_sdpa
+            if not in_graph:
+                _refuse_export()
             forward = _attention_in_graph if in_graph else untraced_attention
         return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
@@ -532,9 +534,22 @@ def _traceable() -> tuple[Callable, Callable]:
     def mask(**arguments: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return _make_mask(**arguments)
-        return None if _needs_no_mask(**arguments) else untraced_mask(**arguments)
+        if _needs_no_mask(**arguments):
+            return None
+        _refuse_export()
+        return untraced_mask(**arguments)
 
     return attention, mask
+
+
+def _refuse_export() -> None:
+    # torch.compile leaves the graph here; an exported program cannot.
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export got a model with padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window of "
+            "its own, a cache with tokens in it or a layer without a layout, which only eager block_sparse attention can read; export the "
+            "forward over whole sequences: input_ids alone, and a layout in every layer."
+        )
 
 
 def _make_mask(**arguments: Any) -> Tensor | None:

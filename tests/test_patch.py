@@ -1,6 +1,8 @@
 """A patched model computes the layout within its own mask: against transformers' eager attention with a dense mask."""
 
 import copy
+import inspect
+import io
 import logging
 import math
 
@@ -28,14 +30,17 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    Cache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    QuantizedCache,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -213,6 +218,58 @@ def test_decoding_step_by_step_is_prefill(family, cache):
         parts.append(made.logits)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **LOGITS)
+
+
+class RoundedLayer(QuantizedLayer):
+    """A quantized cache layer without a backend's package: numbers to the next eighth, as int8."""
+
+    def _quantize(self, tensor, axis):
+        return (tensor * 8).round().clamp(-127, 127).to(torch.int8), tensor.dtype
+
+    def _dequantize(self, quantized):
+        return quantized[0].to(quantized[1]) / 8
+
+
+def quantized_caches():
+    def grouped(model):
+        count = model.config.num_hidden_layers
+        return Cache(layers=[RoundedLayer(residual_length=4) for _ in range(count)])
+
+    caches = {"grouped": grouped}
+    if "fp8" in inspect.getsource(QuantizedCache):  # from transformers 5.23 on
+        caches["fp8"] = lambda model: QuantizedCache("fp8", model.config)
+    return caches
+
+
+@pytest.mark.parametrize("cache", quantized_caches())
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decoding_from_a_quantized_cache_is_eager_attention_from_it(family, cache):
+    layout = PerHead((SinkWindow(2, 5), BlockDiagonal(8), SlidingWindow(7), Dense()))
+    batch = make_batch(24)
+    batch["attention_mask"][1] = 1
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+    def decode(model):
+        kept, parts = quantized_caches()[cache](model), []
+        for start, stop in [(0, 11), (11, 16), *((place, place + 1) for place in range(16, 24))]:
+            made = model(
+                input_ids=batch["input_ids"][:, start:stop],
+                attention_mask=batch["attention_mask"][:, :stop],
+                position_ids=position_ids[:, start:stop],
+                past_key_values=kept,
+            )
+            parts.append(made.logits)
+        return torch.cat(parts, 1)[batch["attention_mask"].bool()]
+
+    model = make_model(family)
+    with torch.no_grad(), eager_attention_within(layout, is_causal=True):
+        expected = decode(model)
+    with torch.no_grad():
+        whole = patch_model(model, layout)(**batch, position_ids=position_ids).logits
+        actual = decode(model)
+    torch.testing.assert_close(actual, expected, **LOGITS)
+    # The cache did round.
+    assert (actual - whole[batch["attention_mask"].bool()]).abs().max() > 1e-3
 
 
 def test_sparse_generation_is_the_same_with_both_caches():
@@ -510,6 +567,47 @@ def test_a_compiled_model_keeps_the_causality_of_every_layer(is_causal):
     torch._dynamo.reset()
     found = torch.compile(model, backend="eager")(input_ids=tokens).logits
     torch.testing.assert_close(found, model(input_ids=tokens).logits, **LOGITS)
+
+
+class LogitsOf(nn.Module):
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids, attention_mask=attention_mask, **self.options).logits
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_the_model_at_other_lengths(strict):
+    model = LogitsOf(patch_model(make_model("llama", "sdpa"), SinkWindow(4, 16)))
+    tokens = make_batch(48, padded=False)["input_ids"]
+    lengths = ({1: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (tokens,), strict=strict, dynamic_shapes=lengths)
+    called = [str(node.target) for node in exported.graph.nodes]
+    assert called.count("hf_blocksparse.attention_forward.default") == 2
+    stored = io.BytesIO()
+    torch.export.save(exported, stored)
+    stored.seek(0)
+    for program in (exported, torch.export.load(stored)):
+        for batch in (tokens, make_batch(75, padded=False)["input_ids"]):
+            torch.testing.assert_close(program.module()(batch), model(batch), **LOGITS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("what", ["padding", "no cache", "window", "dense layer", "weights"])
+def test_what_an_export_cannot_hold_is_refused(what, strict):
+    layout = {0: SlidingWindow(5)} if what == "dense layer" else SlidingWindow(5)
+    model = patch_model(make_model("mistral" if what == "window" else "llama", "sdpa"), layout)
+    options = {"no cache": {"use_cache": False}, "weights": {"output_attentions": True}}
+    inputs = tuple(make_batch(24, padded=what == "padding").values())
+    model(
+        *inputs, output_attentions=True
+    )  # transformers takes a lock for the first, which Dynamo cannot
+    # Dynamo wraps what the traced code raises.
+    error = Exception if strict else NotImplementedError
+    with pytest.raises(error, match="torch.export got a model with padding, packed documents"):
+        torch.export.export(LogitsOf(model, **options.get(what, {})), inputs, strict=strict)
 
 
 def test_patching_says_what_it_did(caplog):
