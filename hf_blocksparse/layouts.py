@@ -136,6 +136,10 @@ class Layout:
         """The layout of one query head, free of `PerHead`."""
         return self
 
+    def for_heads(self, first: int, count: int, num_heads: int) -> Layout:
+        """The layout of the heads `first` to `first + count - 1` of `num_heads`, for a call that has these alone."""
+        return self
+
     def for_layer(self, layer: int) -> Layout:
         """The layout of one layer; random layouts draw anew in every layer."""
         return self
@@ -333,6 +337,7 @@ class BigBird(Layout):
     seed: int = 0
     layer: int = 0
     kind: ClassVar[str] = "bigbird"
+    first_head: ClassVar[int] = 0  # of the model's, that a call's first head is
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size, "BigBird")
@@ -344,6 +349,12 @@ class BigBird(Layout):
     @property
     def grain(self) -> int:
         return self.block_size
+
+    def for_heads(self, first: int, count: int, num_heads: int) -> Layout:
+        if not self.random_blocks:
+            return self
+        fields = self._fields() | {"first_head": self.first_head + first}
+        return _BigBirdOfHeads(**fields)
 
     def for_layer(self, layer: int) -> Layout:
         return dataclasses.replace(self, layer=layer)
@@ -373,9 +384,18 @@ class BigBird(Layout):
                     num_blocks=max(1, -(-context.length // self.block_size)),
                     num_heads=context.num_heads,
                     device=context.device,
+                    first_head=self.first_head,
                 )
             )
         return AnyOf(rules)
+
+
+@dataclass(frozen=True)
+class _BigBirdOfHeads(BigBird):
+    """BigBird in a call that has some of a model's heads: they draw as they do among all. Never saved."""
+
+    first_head: int = 0  # type: ignore[misc]  # the base's is constant
+    kind: ClassVar[str] = "bigbird_of_heads"
 
 
 @dataclass(frozen=True)
@@ -463,6 +483,12 @@ class _TableLayout(Layout):
         table = self.table(context.device)
         # Heads that keep the same share one list, which is walked for all of them at once.
         return Table(table[:1] if bool((table == table[:1]).all()) else table, self.grain)
+
+    def for_heads(self, first: int, count: int, num_heads: int) -> Layout:
+        if self.fixed_heads is None:
+            return self
+        shape, data = self._pack(self.table()[first : first + count], "layout", "entries")
+        return dataclasses.replace(self, shape=shape, data=data)
 
     def readable_from(self, position: int) -> Intervals:
         return EVERY_POSITION
@@ -583,6 +609,9 @@ class _Composite(Layout):
     def for_head(self, head: int) -> Layout:
         return self._map(lambda layout: layout.for_head(head))
 
+    def for_heads(self, first: int, count: int, num_heads: int) -> Layout:
+        return self._map(lambda layout: layout.for_heads(first, count, num_heads))
+
     def for_layer(self, layer: int) -> Layout:
         return self._map(lambda layout: layout.for_layer(layer))
 
@@ -643,6 +672,10 @@ class PerHead(_Composite):
 
     def for_head(self, head: int) -> Layout:
         return self.layouts[head].for_head(head)
+
+    def for_heads(self, first: int, count: int, num_heads: int) -> Layout:
+        chosen = self.layouts[first : first + count]
+        return PerHead(tuple(layout.for_heads(first, count, num_heads) for layout in chosen))
 
     def check(self, num_heads: int, query_end: int, key_end: int) -> None:
         if len(self.layouts) != num_heads:

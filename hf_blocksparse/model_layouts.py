@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -392,6 +392,95 @@ def assign_layouts(
             "beside block-sparse layers; name every layer, with Dense() where all keys are to be read"
         )
     return assigned, problems
+
+
+def choose_layers(
+    model: nn.Module,
+    layouts: Mapping[LayerKey, Layout],
+    layers: str | Iterable[int] | None,
+    dense_every: int | None,
+) -> dict[LayerKey, Layout]:
+    """The layout of all layers, for some of them: by type or number, and without every `dense_every`-th of these.
+
+    Cross-attention is never chosen. A replaced family, whose own attention cannot stay, has `Dense` in the layers left out.
+    """
+    if set(layouts) != {ALL_LAYERS}:
+        raise TypeError(
+            f"layout got layouts by layer ({sorted(map(str, layouts))}) beside layers or dense_every, which choose layers themselves; "
+            "give one layout, or leave them out."
+        )
+    if dense_every is not None and (
+        not isinstance(dense_every, int) or isinstance(dense_every, bool) or dense_every < 2
+    ):
+        raise ValueError(
+            f"dense_every got {dense_every!r}; it must be an integer of at least 2: of so many layers one keeps its own attention; "
+            "leave it out to keep none."
+        )
+    layout = layouts[ALL_LAYERS]
+    modules = attention_modules(model)
+    paths = [path for path, module in modules.items() if not is_cross_attention(path, module)]
+    numbers = {path: layer_number(path) for path in paths}
+    chosen = paths
+    if isinstance(layers, str):
+        types = {path: layer_type(model, path) for path in paths}
+        chosen = [path for path in paths if types[path] == layers]
+        if not chosen:
+            known = sorted({kind for kind in types.values() if kind})
+            raise ValueError(
+                f"layers got {layers!r}, but {type(model).__name__} has "
+                + (f"attention layers of the types {known}" if known else "no layer_types")
+                + "; it must be one of a model's layer_types, or layer numbers; correct it."
+            )
+    elif layers is not None:
+        wanted = _layer_numbers(layers)
+        known_numbers = sorted({number for number in numbers.values() if number is not None})
+        if missing := [number for number in wanted if number not in known_numbers]:
+            has = f"attention layers {_spans(known_numbers)}" if known_numbers else "none"
+            raise ValueError(
+                f"layers got {missing[0]}, but {type(model).__name__} has {has}; it must be layer numbers; correct it."
+            )
+        chosen = [path for path in paths if numbers[path] in wanted]
+    if dense_every is not None:
+        # Counted in each stack of layers (an encoder's, a decoder's), among those that were chosen.
+        stacks: dict[str, list[str]] = {}
+        for path in chosen:
+            stacks.setdefault(re.sub(r"\d+", "#", path, count=1), []).append(path)
+        chosen = [
+            path
+            for stack in stacks.values()
+            for place, path in enumerate(stack, 1)
+            if place % dense_every
+        ]
+    by_layer: dict[LayerKey, Layout] = {}
+    all_numbers = [layer_number(path) for path in modules]
+    for path in paths:
+        number = numbers[path]
+        key: LayerKey = path if number is None or all_numbers.count(number) > 1 else number
+        if path in chosen:
+            by_layer[key] = layout
+        elif has_replacement(modules[path]):
+            by_layer[key] = Dense()
+    return by_layer
+
+
+def layer_type(model: nn.Module, path: str) -> str | None:
+    """What the configuration's `layer_types` calls the layer of the module at `path`."""
+    types, number = getattr(config_around(model, path), "layer_types", None), layer_number(path)
+    return types[number] if types and number is not None and number < len(types) else None
+
+
+def _layer_numbers(layers: Iterable[int]) -> list[int]:
+    try:
+        numbers = list(layers)
+    except TypeError:
+        numbers = [layers]  # type: ignore[list-item]
+    wrong = [n for n in numbers if not isinstance(n, int) or isinstance(n, bool)]
+    if wrong or not numbers or isinstance(layers, int):
+        raise TypeError(
+            f"layers got {layers!r}; it must be one of a model's layer_types, or layer numbers; for example 'full_attention', or "
+            "range(0, 30, 2)."
+        )
+    return numbers
 
 
 def _spans(numbers: list[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from hf_blocksparse.model_layouts import (
     attach,
     attention_modules,
     check_reachable,
+    choose_layers,
     config_around,
     config_owners,
     layer_layout,
@@ -48,6 +49,8 @@ def patch_model(
     model: PreTrainedModel,
     layout: Layout | str | Tensor | Mapping[int | str, Any],
     *,
+    layers: str | Iterable[int] | None = None,
+    dense_every: int | None = None,
     impl: str = "auto",
     block_size: int | None = None,
 ) -> PreTrainedModel:
@@ -60,7 +63,11 @@ def patch_model(
     Args:
         model: a `transformers.PreTrainedModel`, or a part of one with a configuration of its own.
         layout: a layout, a preset's name or a 0/1 tensor for every attention layer; or a `PerLayer` or a dict from layer number or
-            module path to one of these. Layers not named keep the model's own dense attention exactly.
+            module path to one of these. Layers not named keep the model's own attention exactly, with its own window.
+        layers: which layers have `layout`: a name of the model's `layer_types` ("full_attention" leaves sliding layers as they are),
+            or layer numbers. All by default.
+        dense_every: of each so many of these layers the last keeps the model's own attention, as Gemma 3 (6) and Cohere 2 (4) do with
+            their windows.
         impl: "auto", "triton" or "torch", as in `block_sparse_attention`. A wish for this run: it is not saved.
         block_size: tokens per block of tensors and block-exact presets.
 
@@ -68,7 +75,7 @@ def patch_model(
         `model`.
 
     Raises:
-        ValueError: a layer does not exist or is ambiguous, or a layout is made for another number of heads.
+        ValueError: a layer or a type of layers does not exist or is ambiguous, or a layout is made for another number of heads.
         NotImplementedError: attention modules of the model do not go through transformers' attention interface.
     """
     register_when_imported()
@@ -85,6 +92,8 @@ def patch_model(
         )
     layouts = layouts_by_layer(layout, block_size)
     modules = attention_modules(model)
+    if modules and (layers is not None or dense_every is not None):
+        layouts = choose_layers(model, layouts, layers, dense_every)
     if ALL_LAYERS in layouts or not modules:
         check_reachable(model)
     if not modules:

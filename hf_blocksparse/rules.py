@@ -405,10 +405,11 @@ class RandomBlocks(Rule):
         num_blocks: int,
         num_heads: int,
         device: torch.device,
+        first_head: int = 0,
     ):
         self.block_size = block_size
         row = torch.arange(num_blocks, device=device)
-        head = torch.arange(num_heads, device=device)[:, None]
+        head = first_head + torch.arange(num_heads, device=device)[:, None]
         # The free columns are [num_global, window_first) and, without causality, (window_last, num_blocks).
         window_first = (row - half_window).clamp(min=num_global)
         window_last = (row + half_window).clamp(min=num_global - 1, max=num_blocks - 1)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.hub_kernel import names_this_package
 from hf_blocksparse.kept_keys import KeptKeys, kept_keys
 from hf_blocksparse.layout_files import (
     find_beside,
@@ -36,7 +37,7 @@ from hf_blocksparse.layout_files import (
     refers_to_tables,
     tables_beside,
 )
-from hf_blocksparse.layouts import BlockDiagonal, Layout, SlidingWindow
+from hf_blocksparse.layouts import BlockDiagonal, Dense, Layout, SlidingWindow
 from hf_blocksparse.model_layouts import (
     ALL_LAYERS,
     DENSE_ATTRIBUTE,
@@ -46,12 +47,19 @@ from hf_blocksparse.model_layouts import (
     attach_from_config,
     config_of,
     layouts_by_layer,
+    num_query_heads,
     registered_configs,
     section_of,
     state_of,
     write_section,
 )
 from hf_blocksparse.replacements import admit_implementation
+from hf_blocksparse.sequence_parallel import (
+    MASK_OF_PART,
+    hand_masks_on,
+    heads_of_call,
+    mask_of_all,
+)
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_masks import SequenceMask, make_mask, mask_from_tensor
 
@@ -120,8 +128,18 @@ def block_sparse_attention_forward(
     if state.problem:
         raise ValueError(f"config.{SECTION}: {state.problem}.")
     state.calls += 1
+    layout = state.layout
+    heads = heads_of_call(state.path, module, query, layout)
+    shares_sequence = heads is not None and heads.shares_sequence
+    if shares_sequence:
+        attention_mask = mask_of_all(state.path, query, kwargs)
+        # transformers' own attention would have neither this mask nor the sinks of these heads.
+        layout = Dense() if layout is None else layout
+    if heads is not None:
+        layout = heads.layout(layout)
+    attention_mask = kwargs.pop(MASK_OF_PART, attention_mask)
     kept = kept_keys(key)
-    if state.layout is None:
+    if layout is None:
         if kept is not None:
             raise NotImplementedError(
                 f"{state.path} has no layout and reads keys from a SparseCache layer, which frees them by another's; "
@@ -154,8 +172,15 @@ def block_sparse_attention_forward(
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
     query, key, value = _same_dtype(module, query, key, value)
     wants_weights = output_attentions or _weights_are_collected()
+    if shares_sequence:
+        if wants_weights:
+            raise NotImplementedError(
+                f"output_attentions got True in {state.path} under sequence parallelism, where each process has the weights of its own "
+                "heads; leave output_attentions out."
+            )
+        sinks, alibi_slopes = heads.values(sinks), heads.values(alibi_slopes)
     options: dict[str, Any] = dict(
-        layout=_visible(state.layout, mask.window_tokens, mask.chunk_tokens),
+        layout=_visible(layout, mask.window_tokens, mask.chunk_tokens),
         is_causal=mask.is_causal,
         dropout_p=dropout,
         scale=scaling,
@@ -476,7 +501,7 @@ def _traceable() -> tuple[Callable, Callable]:
         reason="block_sparse attention got a mask, a window, packed documents or a cache with tokens in it, which a trace cannot read",
     )
     untraced_mask = torch.compiler.disable(
-        make_mask,
+        _make_mask,
         reason="block_sparse attention got padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window "
         "or a layer without a layout, whose mask a trace cannot read",
     )
@@ -498,17 +523,38 @@ def _traceable() -> tuple[Callable, Callable]:
             # Context parallelism puts a function of its own there, which the untraced function refuses.
             has_own_sdpa = nn.functional.scaled_dot_product_attention is not _TORCH_SDPA
             is_plain = attention_mask is None and _is_plain(state_of(module), kwargs)
-            in_graph = is_plain and is_whole and not has_own_sdpa
+            has_all_heads = num_query_heads(module) == query.shape[1]
+            in_graph = is_plain and is_whole and has_all_heads and not has_own_sdpa
+            if not in_graph:
+                _refuse_export()
             forward = _attention_in_graph if in_graph else untraced_attention
         return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
     @functools.wraps(make_mask)
     def mask(**arguments: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
-            return make_mask(**arguments)
-        return None if _needs_no_mask(**arguments) else untraced_mask(**arguments)
+            return _make_mask(**arguments)
+        if _needs_no_mask(**arguments):
+            return None
+        _refuse_export()
+        return untraced_mask(**arguments)
 
     return attention, mask
+
+
+def _refuse_export() -> None:
+    # torch.compile leaves the graph here; an exported program cannot.
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export got a model with padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window of "
+            "its own, a cache with tokens in it or a layer without a layout, which only eager block_sparse attention can read; export the "
+            "forward over whole sequences: input_ids alone, and a layout in every layer."
+        )
+
+
+def _make_mask(**arguments: Any) -> Tensor | None:
+    hand_masks_on()
+    return make_mask(**arguments)
 
 
 def _is_plain(state: LayerAttention | None, kwargs: Mapping[str, Any]) -> bool:
@@ -517,7 +563,7 @@ def _is_plain(state: LayerAttention | None, kwargs: Mapping[str, Any]) -> bool:
         return False
     if kwargs.get("output_attentions") or _weights_are_collected():
         return False
-    names = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k")
+    names = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", MASK_OF_PART)
     return all(kwargs.get(name) is None for name in names)
 
 
@@ -609,13 +655,16 @@ def _register_modeling(module: ModuleType) -> None:
         section = section_of(self.config)
         by_section = is_init_check and attn_implementation is None and section is not None
         if not by_section and attn_implementation != IMPLEMENTATION:
-            if section is not None:
-                warnings.warn(
-                    f"attn_implementation={attn_implementation!r} was asked for, so the model runs dense although its configuration "
-                    "carries block-sparse layouts; leave attn_implementation out to use them.",
-                    stacklevel=2,
-                )
-            return check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+            chosen = check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+            if not names_this_package(chosen):
+                if section is not None:
+                    warnings.warn(
+                        f"attn_implementation={attn_implementation!r} was asked for, so the model runs dense although its configuration "
+                        "carries block-sparse layouts; leave attn_implementation out to use them.",
+                        stacklevel=2,
+                    )
+                return chosen
+            section = _read_again(self.config)
         if section is None:
             if is_init_check and any(
                 section_of(part) for _, part in registered_configs(self.config)
@@ -640,11 +689,24 @@ def _register_modeling(module: ModuleType) -> None:
     @functools.wraps(post_init)
     def post_init_with_layouts(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = post_init(self, *args, **kwargs)
+        chosen = self.config._attn_implementation
+        if names_this_package(chosen):
+            # This package came with the kernel that the check of this very model loaded: do now what it would have done.
+            self.config._attn_implementation_internal = check_with_section(self, chosen, True)
         attach_from_config(self)
         return result
 
     base._check_and_adjust_attn_implementation = check_with_section
     base.post_init = post_init_with_layouts
+
+
+def _read_again(config: Any) -> dict[str, Any] | None:
+    """The section of a configuration that may be older than this import, when nothing looked at what was written there."""
+    for _, part in registered_configs(config):
+        given = section_of(part)
+        if given is not None and "layouts" not in given:
+            part.__dict__[SECTION] = check_config_value(given)
+    return section_of(config)
 
 
 def state_missing(model: nn.Module) -> bool:

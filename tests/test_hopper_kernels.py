@@ -552,10 +552,11 @@ def walk_columns(case: Case) -> torch.Tensor:
     mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
     seen = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.int32)
     slots: dict[int, tuple[int, int]] = {}
-    lengths: dict[tuple[int, int], int] = {}
+    lengths: dict[tuple[int, int, int], int] = {}
     bounds = schedule.offsets.tolist()
-    assert all(last - first in (0, 1) for first, last in zip(bounds[:-1], bounds[1:], strict=True))
-    for members in schedule.records[: bounds[-1]].tolist():
+    assert bounds == sorted(bounds) and bounds[0] == 0
+    for place, members in enumerate(schedule.records[: bounds[-1]].tolist()):
+        owner = sum(bound <= place for bound in bounds)
         total = sum(record[15] for record in members)
         assert total >= 1
         for member, record in enumerate(members):
@@ -569,8 +570,9 @@ def walk_columns(case: Case) -> torch.Tensor:
             own = (rows >= kv_begin) & (rows < kv_end)
             if member == 0:
                 seen[batch, head // group, rows[own]] += 1
-                assert total <= lengths.get((batch, head), total), "long tiles of a head come first"
-                lengths[batch, head] = total
+                of_head = owner, batch, head
+                assert total <= lengths.get(of_head, total), "long tiles of a head come first"
+                lengths[of_head] = total
             for step in range(num_tiles):
                 if step < num_partial:
                     entry = partial + step

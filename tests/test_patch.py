@@ -1,6 +1,8 @@
 """A patched model computes the layout within its own mask: against transformers' eager attention with a dense mask."""
 
 import copy
+import inspect
+import io
 import logging
 import math
 
@@ -26,14 +28,19 @@ from torch.distributed.tensor.experimental import context_parallel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    Cache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    QuantizedCache,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import QuantizedLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -213,6 +220,58 @@ def test_decoding_step_by_step_is_prefill(family, cache):
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **LOGITS)
 
 
+class RoundedLayer(QuantizedLayer):
+    """A quantized cache layer without a backend's package: numbers to the next eighth, as int8."""
+
+    def _quantize(self, tensor, axis):
+        return (tensor * 8).round().clamp(-127, 127).to(torch.int8), tensor.dtype
+
+    def _dequantize(self, quantized):
+        return quantized[0].to(quantized[1]) / 8
+
+
+def quantized_caches():
+    def grouped(model):
+        count = model.config.num_hidden_layers
+        return Cache(layers=[RoundedLayer(residual_length=4) for _ in range(count)])
+
+    caches = {"grouped": grouped}
+    if "fp8" in inspect.getsource(QuantizedCache):  # from transformers 5.23 on
+        caches["fp8"] = lambda model: QuantizedCache("fp8", model.config)
+    return caches
+
+
+@pytest.mark.parametrize("cache", quantized_caches())
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decoding_from_a_quantized_cache_is_eager_attention_from_it(family, cache):
+    layout = PerHead((SinkWindow(2, 5), BlockDiagonal(8), SlidingWindow(7), Dense()))
+    batch = make_batch(24)
+    batch["attention_mask"][1] = 1
+    position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+    def decode(model):
+        kept, parts = quantized_caches()[cache](model), []
+        for start, stop in [(0, 11), (11, 16), *((place, place + 1) for place in range(16, 24))]:
+            made = model(
+                input_ids=batch["input_ids"][:, start:stop],
+                attention_mask=batch["attention_mask"][:, :stop],
+                position_ids=position_ids[:, start:stop],
+                past_key_values=kept,
+            )
+            parts.append(made.logits)
+        return torch.cat(parts, 1)[batch["attention_mask"].bool()]
+
+    model = make_model(family)
+    with torch.no_grad(), eager_attention_within(layout, is_causal=True):
+        expected = decode(model)
+    with torch.no_grad():
+        whole = patch_model(model, layout)(**batch, position_ids=position_ids).logits
+        actual = decode(model)
+    torch.testing.assert_close(actual, expected, **LOGITS)
+    # The cache did round.
+    assert (actual - whole[batch["attention_mask"].bool()]).abs().max() > 1e-3
+
+
 def test_sparse_generation_is_the_same_with_both_caches():
     model = patch_model(make_model("gemma3"), SinkWindow(sink=2, window=5))
     batch = make_batch(14)
@@ -319,6 +378,69 @@ def test_layers_not_named_keep_their_own_attention_in_generation():
         patch_model(model, {layer: Dense()})
         assert torch.equal(model.generate(**batch, **options), expected)
         assert torch.equal(model.generate(**batch, **options, **static), expected)
+
+
+def layouts_in(model):
+    """Which attention modules have a layout of their own."""
+    states = {path: state_of(module) for path, module in model.named_modules()}
+    return {path: state.layout for path, state in states.items() if state and state.layout}
+
+
+def deep(family, **options):
+    torch.manual_seed(0)
+    config = FAMILIES[family]().config
+    values = config.to_dict() | {"num_hidden_layers": 8, "layer_types": None} | options
+    return type(FAMILIES[family]())(type(config)(**values)).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "chosen", "has"),
+    [
+        ("llama", dict(dense_every=4), {}, [0, 1, 2, 4, 5, 6]),
+        ("llama", dict(layers=range(1, 8, 3)), {}, [1, 4, 7]),
+        ("llama", dict(layers=[6, 2, 4], dense_every=2), {}, [2, 6]),
+        ("gemma3", dict(layers="full_attention"), {"sliding_window_pattern": 4}, [3, 7]),
+        ("gemma3", dict(layers="sliding_attention"), {}, [0, 1, 2, 3, 4, 6, 7]),
+        ("gemma3", dict(layers="sliding_attention", dense_every=3), {}, [0, 1, 3, 4, 7]),
+    ],
+)
+def test_layers_are_chosen_by_number_type_and_turn(family, options, chosen, has):
+    model = deep(family, **chosen)
+    batch = make_batch()
+    dense = model(**batch).logits
+    patch_model(model, SinkWindow(1, 4), **options)
+    assert layouts_in(model) == {f"model.layers.{n}.self_attn": SinkWindow(1, 4) for n in has}
+    # What is saved names the layers, and is the same as naming them.
+    assert sorted(map(int, model.config.block_sparse["layouts"])) == has
+    sparse = model(**batch).logits
+    named = patch_model(deep(family, **chosen), {n: SinkWindow(1, 4) for n in has})
+    assert torch.equal(named(**batch).logits, sparse)
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+
+
+def test_layers_are_counted_in_each_stack_and_cross_attention_is_left():
+    model = patch_model(bart(), SlidingWindow(4), dense_every=2)
+    names = {f"model.{stack}.layers.0.self_attn" for stack in ("encoder", "decoder")}
+    assert set(layouts_in(model)) == names
+    # Only the text part has such layers.
+    model = llava()
+    model.config.text_config.layer_types = ["full_attention"] * 2
+    patch_model(model, SlidingWindow(4), layers="full_attention", dense_every=2)
+    assert set(layouts_in(model)) == {"model.language_model.layers.0.self_attn"}
+
+
+def test_replaced_families_read_every_key_in_the_layers_left_out():
+    torch.manual_seed(0)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=4, n_head=HEADS)
+    ).eval()
+    batch = make_batch()
+    patch_model(model, SlidingWindow(3), dense_every=2)
+    found = [state_of(block.self_attention).layout for block in model.transformer.h]
+    assert found == [SlidingWindow(3), Dense()] * 2
+    logits = model(**batch).logits
+    layouts = {0: SlidingWindow(3), 1: Dense(), 2: SlidingWindow(3), 3: Dense()}
+    assert torch.equal(patch_model(model, layouts)(**batch).logits, logits)
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf", "lowest"])
@@ -445,6 +567,47 @@ def test_a_compiled_model_keeps_the_causality_of_every_layer(is_causal):
     torch._dynamo.reset()
     found = torch.compile(model, backend="eager")(input_ids=tokens).logits
     torch.testing.assert_close(found, model(input_ids=tokens).logits, **LOGITS)
+
+
+class LogitsOf(nn.Module):
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids, attention_mask=attention_mask, **self.options).logits
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_the_model_at_other_lengths(strict):
+    model = LogitsOf(patch_model(make_model("llama", "sdpa"), SinkWindow(4, 16)))
+    tokens = make_batch(48, padded=False)["input_ids"]
+    lengths = ({1: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (tokens,), strict=strict, dynamic_shapes=lengths)
+    called = [str(node.target) for node in exported.graph.nodes]
+    assert called.count("hf_blocksparse.attention_forward.default") == 2
+    stored = io.BytesIO()
+    torch.export.save(exported, stored)
+    stored.seek(0)
+    for program in (exported, torch.export.load(stored)):
+        for batch in (tokens, make_batch(75, padded=False)["input_ids"]):
+            torch.testing.assert_close(program.module()(batch), model(batch), **LOGITS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("what", ["padding", "no cache", "window", "dense layer", "weights"])
+def test_what_an_export_cannot_hold_is_refused(what, strict):
+    layout = {0: SlidingWindow(5)} if what == "dense layer" else SlidingWindow(5)
+    model = patch_model(make_model("mistral" if what == "window" else "llama", "sdpa"), layout)
+    options = {"no cache": {"use_cache": False}, "weights": {"output_attentions": True}}
+    inputs = tuple(make_batch(24, padded=what == "padding").values())
+    model(
+        *inputs, output_attentions=True
+    )  # transformers takes a lock for the first, which Dynamo cannot
+    # Dynamo wraps what the traced code raises.
+    error = Exception if strict else NotImplementedError
+    with pytest.raises(error, match="torch.export got a model with padding, packed documents"):
+        torch.export.export(LogitsOf(model, **options.get(what, {})), inputs, strict=strict)
 
 
 def test_patching_says_what_it_did(caplog):
@@ -846,6 +1009,16 @@ def test_is_causal_false_makes_a_decoder_bidirectional():
             ValueError,
             "3 heads in .*; the query has 4 heads",
         ),
+        (Dense(), {"layers": [0, 2]}, ValueError, "layers got 2, but Llama.* layers 0..1"),
+        (Dense(), {"layers": [-1]}, ValueError, "layers got -1, but Llama"),
+        (Dense(), {"layers": []}, TypeError, r"layers got \[\]; it must be one of"),
+        (Dense(), {"layers": 3}, TypeError, "layers got 3; it must be one of"),
+        (Dense(), {"layers": [True]}, TypeError, r"layers got \[True\]"),
+        (Dense(), {"layers": "sliding_attention"}, ValueError, "Llama.* has no layer_types"),
+        (Dense(), {"dense_every": 1}, ValueError, "dense_every got 1; it must be an integer of at"),
+        (Dense(), {"dense_every": 2.0}, ValueError, "dense_every got 2.0"),
+        ({0: Dense()}, {"dense_every": 2}, TypeError, "layout got layouts by layer"),
+        (PerLayer({0: Dense()}), {"layers": [1]}, TypeError, "layout got layouts by layer"),
     ],
 )
 def test_wrong_layouts_are_refused_and_change_nothing(layout, options, error, message):
@@ -854,6 +1027,11 @@ def test_wrong_layouts_are_refused_and_change_nothing(layout, options, error, me
     with pytest.raises(error, match=message):
         patch_model(model, layout, **options)
     assert model.config.to_dict() == before and model.config._attn_implementation == "eager"
+
+
+def test_a_type_of_layers_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"types \['full_attention', 'sliding_attention'\]"):
+        patch_model(make_model("gemma3"), SlidingWindow(4), layers="global_attention")
 
 
 def test_wrong_models_are_refused():

@@ -4,8 +4,8 @@ Tiles of one head follow each other, so that what they read stays in the L2 cach
 a good part of a multiprocessor's share go before all others, whatever their head: one of them at the end would keep everybody waiting.
 Nothing is read back to the host.
 
-A query tile is short, so a multiprocessor gets a list of them: each goes to the one with the least work so far. A key tile is long enough
-to be a program of its own, which the hardware starts wherever there is room.
+Each tile goes to the multiprocessor with the least work so far. On an NVIDIA H200 lists of key tiles were as fast as a program for each
+of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 times (64) as fast.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ of full entries that do, number of query tiles with a mask, number of query tile
 DEALT_TO = 4
 # A tile is long if this many of its kind fill a multiprocessor's share.
 LONG = 4
-PERSISTENT_COLUMNS = True
 # What a tile costs beside its steps, in steps.
 TILE_OVERHEAD = 1
 
@@ -320,7 +319,7 @@ def make_column_schedule(
     kv_heads: int,
     num_multiprocessors: int,
 ) -> ColumnSchedule:
-    """One program per key tile and key head. `index` has tiles of `TILE x TILE` and is not empty."""
+    """Lists of key tiles; otherwise as `make_schedule`."""
     check_not_capturing(index.bank.device, "the schedule of these sequences")
     items = sequences.kv_items(TILE)
     num_items = items.shape[0]
@@ -340,14 +339,9 @@ def make_column_schedule(
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
     order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
-    if PERSISTENT_COLUMNS:
-        by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
-        order = order[by_owner]
-    else:
-        offsets = torch.arange(records.shape[0] + 1, dtype=torch.int32, device=items.device)
-        offsets = torch.minimum(offsets, is_used.sum(dtype=torch.int32))
+    by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
     return ColumnSchedule(
-        records[order],
+        records[order[by_owner]],
         offsets,
         first_slots,
         sequences.q_items(TILE).shape[0],
