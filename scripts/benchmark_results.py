@@ -118,6 +118,24 @@ def case_table(results: Sequence[CaseResult]) -> str:
     return "\n".join(lines)
 
 
+def rate_table(results: Sequence[CaseResult], implementations: Sequence[str]) -> str:
+    """Useful TFLOP/s of some implementations, a line per case and direction; empty where one did not take part or failed."""
+    header = f"{'':<44}{'kept':>7}  {'direction':<10}" + "".join(
+        f"{name:>15}" for name in implementations
+    )
+    lines = [header, "-" * len(header)]
+    for result in results:
+        for direction in DIRECTIONS:
+            rows = [row_of(result, name, direction) for name in implementations]
+            if not any(rows):
+                continue
+            cells = "".join(
+                f"{_cell(row.useful_tflops if row else None, '.3g'):>15}" for row in rows
+            )
+            lines.append(f"{result.case!s:<44}{result.density:>7.1%}  {direction:<10}{cells}")
+    return "\n".join(lines)
+
+
 class Ratio(NamedTuple):
     """How many times as fast as a peer ours is: the median over rounds, and the least and the largest round."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import benchmark
 import memory_vs_dense
+from benchmark_results import grid_results, rate_table, row_of
 from sparsify_results import SparsifyResults
 from write_model_card import cost_table, quality_table
 
@@ -95,23 +96,38 @@ def code_block(text: str) -> str:
     return f"```\n{text}\n```"
 
 
+GPU_IMPLEMENTATIONS = ("ours", "ours_portable", "fa4", "flex", "sdpa_cudnn")
+
+
 def gpu_attention() -> str:
-    record, results, path = read_benchmark("gpu_benchmark_blocks_128")
-    _, small, small_path = read_benchmark("gpu_benchmark_small_blocks")
-    shown = [m for m in results.measurements if m.implementation != "sdpa_flash"]
-    ours = [m for m in small.measurements if m.implementation == "ours"]
+    path = "docs/results/gpu_benchmark_bars.json"
+    record = read_record(ROOT / path)
+    cases = grid_results(record).cases
+    beside_peers = [
+        case
+        for case in cases
+        if row_of(case, "sdpa_cudnn", "forward") or row_of(case, "flex", "forward")
+    ]
+    alone = [case for case in cases if case not in beside_peers]
     setting = paragraph(f"""
-        **Attention alone on a GPU** ({device_of(record.environment)}, {versions(record.environment)}, bfloat16, batch 1, 16 heads of 128,
-        16,384 tokens). Baselines: cuDNN through SDPA, which is dense, and compiled FlexAttention with the same mask; TFLOP/s count kept
-        coefficients only, the backward 2.5 times. Before it is timed, each is compared with dense attention in float32.
-        `python scripts/benchmark.py --block-sizes 128` as of {record.environment.git_commit[:7]}, before it had grids, [record]({path}):
+        **Attention alone on a GPU** ({device_of(record.environment)}, {versions(record.environment)}; B batch, H query/key heads, S tokens,
+        D head size, b block size). Useful TFLOP/s: 4 D operations per kept coefficient, the backward 2.5 times, so dense attention (cuDNN
+        through SDPA) is credited with what the layout keeps. `ours` takes the kernels for Hopper where they apply, `ours_portable` are
+        those for any GPU; `fa4` is FlashAttention-4's block-sparse attention, `flex` compiled FlexAttention. Before it is timed, each is
+        compared with exact attention in float32. `python scripts/benchmark.py --grid bars`, [record]({path}):
     """)
-    small_blocks = paragraph(f"""
-        Blocks below 128 ([record]({small_path})), which FlexAttention refuses with its default options. Tiles hold 64 x 64 coefficients
-        here, so most of what is computed for random blocks of 16 and 32 tokens is not kept (tile efficiency):
+    more = paragraph("""
+        Ours on further layouts, shapes and block sizes (same record; `ours_mha`: with a key head for every query head):
     """)
-    tables = map(code_block, (benchmark.table(shown), benchmark.table(ours)))
-    return "\n\n".join((setting, next(tables), small_blocks, next(tables)))
+    others = rate_table(alone, ("ours", "ours_portable", "ours_mha"))
+    return "\n\n".join(
+        (
+            setting,
+            code_block(rate_table(beside_peers, GPU_IMPLEMENTATIONS)),
+            more,
+            code_block(others),
+        )
+    )
 
 
 def cpu_attention() -> str:
