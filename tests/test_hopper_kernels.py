@@ -444,6 +444,37 @@ def test_every_reason_against_the_forward_kernel_is_given():
     assert "query has strides" in reasons and "value has strides" not in reasons
 
 
+@pytest.mark.parametrize(
+    ("layout", "tile"),
+    [
+        (random_blocks(4, 2048, 128, 0.25, 0), 128),
+        (random_blocks(4, 2048, 64, 0.25, 0), 64),
+        (BigBird(64), 64),
+        (BigBird(64, window_blocks=17, global_blocks=0, random_blocks=0), 128),
+        (BigBird(16, window_blocks=65, global_blocks=0, random_blocks=0), 128),
+    ],
+    ids=["random 128", "random 64", "bigbird 64", "window 64", "window 16"],
+)
+def test_small_blocks_are_taken_where_they_fill_tiles(layout, tile):
+    where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
+
+    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
+        return get_index(
+            layout,
+            where,
+            is_causal=True,
+            attn_mask=None,
+            num_heads=4,
+            tile_q=tile_q,
+            tile_kv=tile_kv,
+            device=where.table.device,
+            strips=strips,
+        )
+
+    index = hopper._index_of(Problem(index_for, where, layout.grain, 1.0))
+    assert (index.tile_q, index.tile_kv) == (tile, tile)
+
+
 def test_other_devices_are_refused():
     query = torch.zeros(1, 1, 8, 64)
     problem = problem_of(CASES["one token"], "cpu")

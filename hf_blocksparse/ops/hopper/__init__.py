@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 
 DTYPES = (torch.float16, torch.bfloat16)
 TILE = 128
 LOG2_E = 1.4426950408889634
+SMALLER_TILES = Strips(64, 64, 0.7)
+"""Tiles of the portable kernels. They pay where they hold less of what these kernels would compute than a coefficient costs more there."""
 ALIGNMENT_BYTES = 16
 """Of the address and of every stride but the last one's: what the TMA can address."""
 
@@ -40,9 +43,9 @@ def takes_forward(
 ) -> bool:
     """Whether a call that `ops/triton` can run is better run by `forward`."""
     return (
-        _suits_tiles(problem)
-        and not problem.portable
+        not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
+        and _index_of(problem).tile_q == TILE
     )
 
 
@@ -56,15 +59,17 @@ def takes_backward(
 ) -> bool:
     """Whether a call that `ops/triton` can run is better run by `backward`."""
     return (
-        _suits_tiles(problem)
-        and not problem.portable
+        not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
+        and _index_of(problem).tile_q == TILE
     )
 
 
-def _suits_tiles(problem: Problem) -> bool:
-    # Smaller blocks would fill the tiles of their unions badly.
-    return problem.block_size == 1 or problem.block_size % TILE == 0
+def _index_of(problem: Problem) -> BlockIndex:
+    """The index for these kernels' tiles, or one of smaller tiles where a layout's small blocks would fill them too badly."""
+    if problem.block_size == 1 or problem.block_size % TILE == 0:
+        return problem.index_for(TILE, TILE)
+    return problem.index_for(TILE, TILE, False, SMALLER_TILES)
 
 
 class Operand(NamedTuple):
@@ -167,7 +172,7 @@ def unsupported_backward(
 def forward(
     query: Tensor, key: Tensor, value: Tensor, problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, without gradients; `scale` is positive and `unsupported_forward` is empty.
+    """Output and log-sum-exp, without gradients; `scale` is positive and `takes_forward` says yes.
 
     Args:
         query: [batch, query_heads, query_len, head_dim], float16 or bfloat16.
@@ -184,7 +189,7 @@ def forward(
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
-    index = problem.index_for(TILE, TILE)
+    index = _index_of(problem)
     out = empty_rows_like(query, head_dim)
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
@@ -235,7 +240,7 @@ def backward(
     scale: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value; `scale` is positive and `unsupported_backward` is empty.
+    """Gradients of query, key and value; `scale` is positive and `takes_backward` says yes.
 
     Args:
         grad_out: of `out`, which has its shape, or None for zeros.
@@ -259,7 +264,7 @@ def backward(
     batch, heads, query_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     sequences = problem.sequences
-    index = problem.index_for(TILE, TILE)
+    index = _index_of(problem)
     grads = [empty_rows_like(tensor, head_dim) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
