@@ -3,6 +3,7 @@
     python scripts/benchmark.py --grid quick        a few minutes on one GPU
     python scripts/benchmark.py --grid bars         the comparisons the kernels are held to
     python scripts/benchmark.py --grid full         every layout, block size, length, head size and dtype: hours
+    python scripts/benchmark.py --grid decode       one query and a cache of 4,096 to 65,536 tokens, beside SDPA
     python scripts/benchmark.py --device cpu
 
 On a GPU every case (a layout at a shape) runs through ours, SDPA (FlashAttention and cuDNN, dense), compiled FlexAttention (default and
@@ -15,6 +16,10 @@ float32. Then the implementations take turns, round by round, so that drift of t
 TFLOP/s are *useful* ones: 4 * head_dim operations per kept coefficient forward, 2.5 times as many backward, the same count for dense
 baselines, which compute more than that. `benchmark_results.py` says what each number is. Results are written after every case, and
 `--resume` goes on where a run was cut off. `scripts/plot.py` draws a record.
+
+A call of one query takes the GPU less time than the CPU to issue it. Such cases, forward only, are timed by replays of a CUDA graph of 20
+calls or more, each on a cache of its own; an implementation that cannot be captured is a recorded failure. The launch time is that of a
+call outside of a graph.
 
 `ours_portable` is ours with the kernels for any GPU (where `ours` may take those for Hopper), `ours_window` ours on a block-exact window
 with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs). On a CPU
@@ -48,7 +53,6 @@ from benchmark_cpu import Results, cpu_case, cpu_measurements, table
 from benchmark_index import index_measurements, index_table
 from benchmark_process import Worker, WorkerFailure
 from benchmark_results import (
-    DIRECTIONS,
     CaseResult,
     GridResults,
     Row,
@@ -128,14 +132,14 @@ def measure_case(
         try:
             prepared[name] = workers[name].ask(("prepare", case), arguments.limit_s)
         except WorkerFailure as failure:
-            failures |= {(name, direction): str(failure) for direction in DIRECTIONS}
+            failures |= {(name, direction): str(failure) for direction in case.directions}
         else:
             failures |= {
                 (name, direction): facts.failure
                 for direction, facts in prepared[name].directions.items()
                 if facts.failure is not None
             }
-    turns = [(n, d) for d in DIRECTIONS for n in names if (n, d) not in failures]
+    turns = [(n, d) for d in case.directions for n in names if (n, d) not in failures]
     times: dict[tuple[str, str], list[list[float]]] = {turn: [] for turn in turns}
     order = random.Random(case.seed)
     for number in range(arguments.rounds):
@@ -149,10 +153,10 @@ def measure_case(
             try:
                 times[name, direction].append(workers[name].ask(message, arguments.limit_s))
             except WorkerFailure as failure:
-                failures |= {(name, other): str(failure) for other in DIRECTIONS}
+                failures |= {(name, other): str(failure) for other in case.directions}
     rows = []
     for name in names:
-        for direction in DIRECTIONS:
+        for direction in case.directions:
             if (name, direction) in failures:
                 density = prepared[name].density if name in prepared else 0.0
                 failure = failures[name, direction]

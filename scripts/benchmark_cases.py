@@ -51,11 +51,16 @@ OURS, VARIANTS = "ours", ("ours_portable", "ours_mha", "ours_window")
 SPARSE_PEERS = ("flex", "flex_autotune", "fa4", "fa4_window")
 DENSE_PEERS = ("sdpa_flash", "sdpa_cudnn", "fa4_dense")
 IMPLEMENTATIONS = (OURS, *VARIANTS, *SPARSE_PEERS, *DENSE_PEERS)
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout at a shape; `kv_heads` divides `heads`. `block_size` is 1 where the layout is token-exact."""
+    """A layout at a shape; `kv_heads` divides `heads`. `block_size` is 1 where the layout is token-exact.
+
+    With `query_tokens` only the last so many positions are queries, as in decoding with a cache of `length_tokens`, and there is no
+    backward; None: all are.
+    """
 
     layout: str
     block_size: int
@@ -66,6 +71,7 @@ class Case:
     batch: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
+    query_tokens: int | None = None
 
     def __str__(self) -> str:
         block = f" b{self.block_size}" if self.block_size > 1 else ""
@@ -74,7 +80,22 @@ class Case:
     @property
     def shape(self) -> str:
         heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
-        return f"B{self.batch} {heads} S{self.length_tokens} D{self.head_dim} {self.dtype}"
+        queries = "" if self.query_tokens is None else f"Q{self.query_tokens} "
+        return f"B{self.batch} {heads} {queries}S{self.length_tokens} D{self.head_dim} {self.dtype}"
+
+    @property
+    def num_queries(self) -> int:
+        return self.length_tokens if self.query_tokens is None else self.query_tokens
+
+    @property
+    def first_query(self) -> int:
+        """The position of the first query."""
+        return self.length_tokens - self.num_queries
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What is measured."""
+        return DIRECTIONS if self.query_tokens is None else DIRECTIONS[:1]
 
     @property
     def is_causal(self) -> bool:
@@ -83,8 +104,10 @@ class Case:
     @property
     def possible(self) -> int:
         """Coefficients of dense attention of the same kind, over all heads of one batch row."""
-        length = self.length_tokens
-        return self.heads * (length * (length + 1) // 2 if self.is_causal else length * length)
+        length, queries = self.length_tokens, self.num_queries
+        if self.is_causal:
+            return self.heads * (queries * (2 * length - queries + 1) // 2)
+        return self.heads * queries * length
 
 
 @lru_cache(maxsize=4)
@@ -138,7 +161,7 @@ def window_of_equal_tiles(case: Case) -> Layout:
 
 
 def exact_index(case: Case, layout: Layout, tile: int, device: torch.device) -> BlockIndex:
-    """The index for square tiles and exactly the case's length (the library's own call may round lengths up)."""
+    """The index of all positions for square tiles and exactly the case's length (the library's own call may round lengths up)."""
     return build_index(
         layout,
         is_causal=case.is_causal,
@@ -161,22 +184,35 @@ def kept_and_computed(index: BlockIndex, heads: int) -> tuple[int, int]:
     return kept * repeats, index.num_tiles * area * repeats
 
 
+def count_kept(case: Case, layout: Layout, device: torch.device) -> int:
+    """Coefficients that the case's queries keep, over all heads: from an index, or for a few queries from the rule itself."""
+    if case.query_tokens is None:
+        tile = case.block_size if case.block_size > 1 else 128
+        return kept_and_computed(exact_index(case, layout, tile, device), case.heads)[0]
+    return sum(
+        int(kept.sum())
+        for head in range(case.heads)
+        for _, _, kept in _kept_by_rows(case, layout, head, device)
+    )
+
+
 def make_inputs(case: Case, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Leaves query, key, value `[batch, heads, length, head_dim]`, and the gradient of the output."""
+    """Leaves query, key, value `[batch, heads, queries or length, head_dim]`, and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(case.seed)
 
-    def normal(heads: int) -> Tensor:
-        shape = (case.batch, heads, case.length_tokens, case.head_dim)
+    def normal(heads: int, tokens: int) -> Tensor:
+        shape = (case.batch, heads, tokens, case.head_dim)
         return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype])
 
-    query, key, value = (normal(heads) for heads in (case.heads, case.kv_heads, case.kv_heads))
+    query = normal(case.heads, case.num_queries)
+    key, value = (normal(case.kv_heads, case.length_tokens) for _ in range(2))
     leaves = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
-    return leaves, normal(case.heads)
+    return leaves, normal(case.heads, case.num_queries)
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Output and gradients of batch row 0, float32 `[heads or kv heads, length, head_dim]`, of the key heads `kv_heads`."""
+    """Output and gradients of batch row 0, float32 `[heads or kv heads, queries or length, head_dim]`, of the key heads `kv_heads`."""
 
     kv_heads: tuple[int, ...]
     out: Tensor
@@ -197,7 +233,8 @@ def exact_answer(case: Case, layout: Layout, leaves: Sequence[Tensor], grad_out:
         for head in range(kv_head * group, (kv_head + 1) * group):
             query, weights = leaves[0][0, head].float(), grad_out[0, head].float()
             out, grad_query = torch.empty_like(query), torch.empty_like(query)
-            for rows, cols, kept in _kept_by_rows(case, layout, head, query.device):
+            for positions, cols, kept in _kept_by_rows(case, layout, head, query.device):
+                rows = positions - case.first_query
                 scores = query[rows] @ key[cols].T * case.head_dim**-0.5
                 probabilities = scores.masked_fill_(~kept, -math.inf).softmax(-1)
                 out[rows] = probabilities @ value[cols]
@@ -218,21 +255,24 @@ def exact_answer(case: Case, layout: Layout, leaves: Sequence[Tensor], grad_out:
 def _kept_by_rows(
     case: Case, layout: Layout, head: int, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Rows, a tile of them at a time, the columns of all tiles in which they may keep something, and what they keep."""
+    """Positions of queries, a tile of them at a time, those of the keys in all tiles in which they may keep something, and what is kept."""
     length = case.length_tokens
     rule = layout.for_head(head).rule(RuleContext(case.is_causal, length, case.heads, device))
     if case.is_causal:
         rule = rule & CAUSAL
     tiles = -(-length // REFERENCE_TILE)
-    grid = TileGrid(REFERENCE_TILE, REFERENCE_TILE, tiles, tiles, (head,), device)
+    first = case.first_query // REFERENCE_TILE
+    grid = TileGrid(
+        REFERENCE_TILE, REFERENCE_TILE, tiles - first, tiles, (head,), device, first_q_tile=first
+    )
     codes = rule.enumerate(grid)
     number = torch.tensor(head, device=device)
     place = torch.arange(REFERENCE_TILE, device=device)
-    for tile in range(tiles):
-        chosen = codes[codes // tiles == tile] % tiles
+    for tile in range(first, tiles):
+        chosen = codes[codes // tiles == tile - first] % tiles
         rows = tile * REFERENCE_TILE + place
         cols = (chosen.sort().values[:, None] * REFERENCE_TILE + place).flatten()
-        rows, cols = rows[rows < length], cols[cols < length]
+        rows, cols = rows[(rows >= case.first_query) & (rows < length)], cols[cols < length]
         kept = rule.visible(number, rows[:, None], cols[None])
         yield rows, cols, kept.expand(rows.numel(), cols.numel())
 
@@ -335,11 +375,37 @@ def _full() -> Grid:
     return grid
 
 
-GRIDS: dict[str, Callable[[], Grid]] = {"quick": _quick, "bars": _bars, "full": _full}
+def _decode() -> Grid:
+    """One query and its cache: beside SDPA over all of it, and how little a bounded layout minds its length."""
+    grid: Grid = []
+    for shape, lengths in (
+        (partial(Case, heads=32, kv_heads=8), (4096, 16384, 65536)),
+        (partial(Case, heads=9, kv_heads=3, head_dim=64), (4096, 65536)),
+    ):
+        for layout in ("sink_window4k", "causal"):
+            for length in lengths:
+                case = shape(layout, 1, length_tokens=length, query_tokens=1)
+                grid.append((case, (OURS, "sdpa_flash")))
+    return grid
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "quick": _quick,
+    "bars": _bars,
+    "full": _full,
+    "decode": _decode,
+}
 
 
 def applies(implementation: str, case: Case) -> bool:
-    """Whether an implementation has something of its own to show on a case."""
+    """Whether an implementation has something of its own to show on a case.
+
+    With `query_tokens`: the peers' lists of tiles are of all positions, and SDPA aligns its causal mask to the first key, so it takes one
+    query alone, which needs no mask.
+    """
+    if case.query_tokens is not None:
+        is_sdpa = implementation in ("sdpa_flash", "sdpa_cudnn") and case.query_tokens == 1
+        return is_sdpa or implementation in (OURS, "ours_portable")
     if implementation == "ours_mha":
         return case.kv_heads < case.heads
     if implementation == "ours_window":

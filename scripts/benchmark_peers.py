@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from benchmark_cases import Case, exact_index, make_layout, window_of_equal_tiles
+from benchmark_cases import Case, applies, exact_index, make_layout, window_of_equal_tiles
 from torch import Tensor
 
 from hf_blocksparse import Layout, block_sparse_attention
@@ -142,10 +142,12 @@ def sdpa(case: Case, device: torch.device, *, is_cudnn: bool) -> Implementation:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_math_sdp(False)
     gqa = case.heads != case.kv_heads
+    # One query, the last position, sees every key; SDPA's own causality would leave it the first alone.
+    is_causal = case.is_causal and case.query_tokens is None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=case.is_causal, enable_gqa=gqa
+            query, key, value, is_causal=is_causal, enable_gqa=gqa
         )
 
     return Implementation(attend, None)
@@ -267,6 +269,10 @@ def make_implementation(name: str, case: Case, device: torch.device) -> Implemen
     `ours_portable` is ours with the kernels for any GPU, `ours_mha` ours with a key head for every query head (the caller changes the
     case), `ours_window` ours on a window with as many tiles per row as the case's layout.
     """
+    if case.query_tokens is not None and not applies(name, case):
+        raise NotImplementedError(
+            f"name got {name!r} for {case}; with query_tokens it must be one that benchmark_cases.applies names; leave it out."
+        )
     if name in ("ours", "ours_mha"):
         return ours(case, device, make_layout(case))
     if name == "ours_portable":

@@ -5,12 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmark_cases import DENSE_PEERS, OURS, RANDOM_PERCENTAGES, SPARSE_PEERS, Case
+from benchmark_cases import (
+    DENSE_PEERS,
+    DIRECTIONS,
+    OURS,
+    RANDOM_PERCENTAGES,
+    SPARSE_PEERS,
+    Case,
+)
 from benchmark_index import IndexMeasurement
 
 from hf_blocksparse.run_record import RunRecord, from_plain
-
-DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,15 @@ class Row:
     Attributes:
         density: of what this row computed; `ours_window` computes a layout of its own.
         round_ms: median of each round; rounds of all implementations of a case alternate.
-        median_ms, low_ms, high_ms: of all calls: median, 20th and 80th percentile. The backward is timed alone.
+        median_ms, low_ms, high_ms: of all calls: median, 20th and 80th percentile. The backward is timed alone. Calls of a few queries
+            (`Case.query_tokens`) are timed on a GPU by replays of a CUDA graph of 20 or more, each on keys and values of its own; a
+            replay's mean call counts as one.
         useful_tflops: 4 * head_dim operations per kept coefficient forward, 2.5 times as many backward, per second of the median. Dense
             implementations are credited with the coefficients of the layout only.
         launch_us: what the CPU needs to issue one call, without waiting for the GPU: a forward without gradients, or forward and backward.
+            Never of a graph.
         peak_mib: memory above the inputs: a forward without gradients, or forward and backward.
-        tile_efficiency: kept / computed coefficients, where the tiles are known.
+        tile_efficiency: kept / computed coefficients, where the tiles are known and all positions are queries.
         index_ms: what building the index adds to the first call; ours only.
         relative_error: of the output, or the largest of the gradients', against float32; dense implementations of sparse layouts have none.
         first_call_s: the first call, compilation included, beside those of the others.
@@ -53,7 +61,7 @@ class CaseResult:
     """One case.
 
     Attributes:
-        density: coefficients kept / coefficients of dense attention of the same kind (square, or causal triangle).
+        density: coefficients kept / coefficients of dense attention of the same kind (square, or causal triangle; of the queries' rows).
         seconds: wall time of the case.
     """
 
@@ -90,6 +98,10 @@ def grid_results(record: RunRecord) -> GridResults:
     return from_plain(GridResults, record.results)
 
 
+def _milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -103,15 +115,16 @@ def case_table(results: Sequence[CaseResult]) -> str:
     lines = [header, "-" * len(header)]
     for result in results:
         kind = "causal triangle" if result.is_causal else "square"
-        lines.append(f"{result.case}: {result.density:.2%} of the {kind}")
+        rows = "" if result.case.query_tokens is None else "queries' rows of the "
+        lines.append(f"{result.case}: {result.density:.2%} of the {rows}{kind}")
         for row in result.rows:
             start = f"{row.implementation:<15}{row.direction:<10}"
             if row.failure is not None:
                 lines.append(f"{start}failed: {row.failure[:100]}")
                 continue
-            spread = f"{row.low_ms:.3f}-{row.high_ms:.3f}"
+            spread = f"{_milliseconds(row.low_ms)}-{_milliseconds(row.high_ms)}"
             lines.append(
-                f"{start}{row.median_ms:>10.3f}{spread:>18}{row.useful_tflops:>9.3g}{_cell(row.launch_us, '.0f'):>10}"
+                f"{start}{_milliseconds(row.median_ms):>10}{spread:>18}{row.useful_tflops:>9.3g}{_cell(row.launch_us, '.0f'):>10}"
                 f"{_cell(row.peak_mib, '.0f'):>10}{_cell(row.tile_efficiency, '.2f'):>10}{_cell(row.index_ms, '.2f'):>9}"
                 f"{_cell(row.relative_error, '.1e'):>9}"
             )

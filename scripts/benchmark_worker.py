@@ -1,6 +1,7 @@
 """What a worker of the benchmark does: prepare one implementation on one case, judge it, then time it when it is its turn."""
 
 import gc
+import math
 import statistics
 import time
 import traceback
@@ -15,6 +16,7 @@ from benchmark_cases import (
     TOLERANCES,
     Case,
     Exact,
+    count_kept,
     exact_answer,
     exact_index,
     heads_of,
@@ -32,6 +34,7 @@ from hf_blocksparse.block_index import cached_indices, clear_cache
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 WARM_UP = 0.2  # of the timed calls, before them
+GRAPH_CALLS = 20  # of a captured graph, at least
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,19 @@ class Session:
         self.implementation: Implementation | None = None
         self.first_call_s: dict[str, float] = {}
         self.calls: dict[str, Callable[[], Any]] = {}
+        # A few queries take the GPU less time than the CPU to issue them.
+        self.is_captured = device.type == "cuda" and case.query_tokens is not None
+        self.calls_at_once = 1
+        self.captured: list[tuple[Tensor, Tensor]] = []  # keys and values; a graph knows addresses
 
     def compile(self) -> None:
-        """Make both directions' first calls; `prepare` says what is wrong where they fail."""
+        """Make the first call of each direction; `prepare` says what is wrong where they fail."""
         try:
             self.implementation = make_implementation(self.name, self.case, self.device)
             self._move_heads()
-            for direction, call in (("forward", self._forward), ("backward", self._train)):
-                self.first_call_s[direction] = self._seconds(call)
+            whole = {"forward": self._forward, "backward": self._train}
+            for direction in self.case.directions:
+                self.first_call_s[direction] = self._seconds(whole[direction])
         except Exception:
             traceback.print_exc()
 
@@ -93,12 +101,10 @@ class Session:
             self.calls = {"forward": forward} | ({"backward": backward} if backward else {})
         except Exception as error:  # whatever a peer raises is its result; its log has the trace
             traceback.print_exc()
-            for direction in ("forward", "backward"):
+            for direction in self.case.directions:
                 directions.setdefault(direction, Direction(failure=one_line(error)))
         # Raises if an error of the GPU has made this process useless.
-        tile = self.case.block_size if self.case.block_size > 1 else 128
-        index = exact_index(self.case, layout, tile, self.device)
-        kept, _ = kept_and_computed(index, self.case.heads)
+        kept = count_kept(self.case, layout, self.device)
         return Prepared(kept, kept / self.case.possible, directions)
 
     def _exact(self) -> Exact | None:
@@ -143,14 +149,21 @@ class Session:
         return error
 
     def _first_calls(self, exact: Exact | None, directions: dict[str, Direction]):
-        """Fills in `directions`; the calls to be timed."""
+        """Fills in `directions`; the calls to be timed, None where there is no backward."""
         start = time.perf_counter()
         out = self._forward()
         self._wait()
         first = self.first_call_s.get("forward", time.perf_counter() - start)
         error = self._check([out], ["out"], exact)
         del out
-        directions["forward"] = self._describe(self._forward, "forward", first, error)
+        facts = self._describe(self._forward, "forward", first, error)
+        forward = self._forward
+        if self.is_captured:
+            forward = self._capture()
+            facts = replace(facts, estimate_ms=1e3 * self._seconds(forward))
+        directions["forward"] = facts
+        if "backward" not in self.case.directions:
+            return forward, None
         try:
             start = time.perf_counter()
             out = self._attend()
@@ -166,12 +179,45 @@ class Session:
             # A peer without a backward still has a forward.
             traceback.print_exc()
             directions["backward"] = Direction(failure=one_line(failure))
-            return self._forward, None
+            return forward, None
 
         def backward() -> tuple[Tensor, ...]:
             return torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
 
-        return self._forward, backward
+        return forward, backward
+
+    @torch.no_grad()
+    def _capture(self) -> Callable[[], Any]:
+        """A replay of `calls_at_once` forward calls captured in a CUDA graph, whose answers are compared with a call's outside of it.
+
+        Each call has keys and values of its own, and together they read more than any L2 cache holds: as in a model, where other layers
+        come in between, a call finds nothing of its cache there.
+        """
+        assert self.implementation is not None
+        attend = self.implementation.attend
+        query, key, value = (leaf.detach() for leaf in self.leaves)
+        expected = attend(query, key, value).float()
+        layout = self.implementation.layout or make_layout(self.case)
+        rows = self.case.heads * self.case.num_queries
+        share = count_kept(self.case, layout, self.device) / rows / self.case.length_tokens
+        read_bytes = share * (key.nbytes + value.nbytes)
+        calls = max(GRAPH_CALLS, math.ceil(FLUSH_BYTES / read_bytes))
+        copies = [(key.clone(), value.clone()) for _ in range(calls)]
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [attend(query, *copy) for copy in copies]
+
+        def replay() -> list[Tensor]:
+            graph.replay()
+            return outs
+
+        replay()
+        error = max(relative_error([out], [expected]) for out in outs)
+        if not error <= TOLERANCES[DTYPES[self.case.dtype]]:
+            raise ArithmeticError(f"wrong by {error:.2e} of its own answer in a CUDA graph")
+        self.captured, self.calls_at_once = copies, calls
+        return replay
 
     def _describe(
         self, call: Callable[[], Any], direction: str, first: float, error: float | None
@@ -223,8 +269,13 @@ class Session:
         return (torch.cuda.max_memory_allocated() - resting) / 2**20
 
     def _tile_efficiency(self, direction: str) -> float | None:
-        """Of ours: over the indices that a call of this direction asks for. The library builds one index per tile shape."""
+        """Of ours: over the indices that a call of this direction asks for. The library builds one index per tile shape.
+
+        None for a few queries: their index serves the positions around them, too.
+        """
         assert self.implementation is not None
+        if self.case.query_tokens is not None:
+            return None
         if self.name.startswith("ours"):
             clear_cache()
             if direction == "forward":
@@ -256,7 +307,7 @@ class Session:
         """Milliseconds of each of some calls, about `budget_ms` in all.
 
         On a GPU between events, with the L2 cache flushed before. Where the CPU needs longer to issue a call than the GPU to run it, the
-        time is the CPU's.
+        time is the CPU's; so calls of a few queries are replayed from a CUDA graph of many, and each replay counts as its mean call.
         """
         call = self.calls[direction]
         number = max(2, min(1000, round(budget_ms / max(estimate_ms, 1e-3))))
@@ -272,7 +323,7 @@ class Session:
             call()
             end.record()
         self._wait()
-        return [start.elapsed_time(end) for start, end in events]
+        return [start.elapsed_time(end) / self.calls_at_once for start, end in events]
 
 
 def serve(connection: Connection, name: str, device_name: str) -> None:

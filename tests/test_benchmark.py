@@ -1,6 +1,7 @@
 """The benchmark gives its peers the mask it claims, judges them by the truth, survives them, and writes what it measured."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from benchmark_process import Worker, WorkerFailure
 from benchmark_results import CaseResult, GridResults, Row
 from benchmark_worker import Session
 
+from hf_blocksparse.block_index import clear_cache
 from hf_blocksparse.evaluation import in_fresh_process, measure_cost
 from hf_blocksparse.run_record import read_record, to_plain, write_record
 
@@ -188,6 +190,152 @@ def test_exact_answer_is_dense_attention_with_the_mask(case):
         torch.testing.assert_close(getattr(exact, name).double(), chosen, atol=1e-4, rtol=1e-3)
 
 
+FEW = [
+    small("causal", query_tokens=1),
+    small("window", length_tokens=1152, query_tokens=140, kv_heads=1),
+    small("sink_window4k", length_tokens=5000, query_tokens=3, head_dim=8),
+    small("full", length_tokens=600, query_tokens=100),
+    small("causal_random25", 32, length_tokens=640, query_tokens=1),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_few_queries_are_the_last_rows(case):
+    layout = benchmark_cases.make_layout(case)
+    length, queries = case.length_tokens, case.query_tokens
+    mask = layout.to_mask(queries, length, is_causal=case.is_causal, num_heads=case.heads)
+    assert benchmark_cases.count_kept(case, layout, CPU) == mask.sum()
+    dense = benchmark_cases.Dense().to_mask(queries, length, is_causal=case.is_causal)
+    assert case.possible == case.heads * dense.sum()
+    leaves, grad_out = benchmark_cases.make_inputs(case, CPU)
+    query, key, value = (leaf.detach() for leaf in leaves)
+    assert query.shape == grad_out.shape == (1, case.heads, queries, case.head_dim)
+    assert key.shape == value.shape == (1, case.kv_heads, length, case.head_dim)
+    exact = benchmark_cases.exact_answer(case, layout, leaves, grad_out)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=mask, enable_gqa=True
+    )
+    chosen = benchmark_cases.heads_of(case, exact, out)
+    torch.testing.assert_close(exact.out.double(), chosen, atol=1e-4, rtol=1e-3)
+
+
+def test_who_takes_a_few_queries():
+    one, three = (small("causal", query_tokens=queries) for queries in (1, 3))
+    takers = {name for name in IMPLEMENTATIONS if benchmark_cases.applies(name, one)}
+    assert takers == {"ours", "ours_portable", "sdpa_flash", "sdpa_cudnn"}
+    takers = {name for name in IMPLEMENTATIONS if benchmark_cases.applies(name, three)}
+    assert takers == {"ours", "ours_portable"}
+    with pytest.raises(NotImplementedError, match="name got 'sdpa_flash' for causal .* Q3 S256"):
+        benchmark_peers.make_implementation("sdpa_flash", three, CPU)
+
+
+class EagerGraph:
+    """Of a CUDA graph what a CPU can play: the capture runs, and each replay puts `replayed` times its answers into their place."""
+
+    replayed = 1.0
+    refuses = False
+
+    def __init__(self):
+        self.outs, self.replays = [], 0
+
+    def __enter__(self):
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def __exit__(self, *_):
+        pass
+
+    def replay(self):
+        self.replays += 1
+        for out, answer in self.outs:
+            out.copy_(self.replayed * answer)
+
+
+def prepared_in_a_graph(monkeypatch):
+    """A session whose calls are captured, its graph, the keys of the captured calls, and what `prepare` said."""
+    case = small("sink_window4k", length_tokens=512, query_tokens=1)
+    graph, keys = EagerGraph(), []
+    right = benchmark_peers.make_implementation("ours", case, CPU)
+    capturing = []
+
+    def attend(query, key, value):
+        out = right.attend(query, key, value)
+        if capturing:
+            keys.append(key)
+            graph.outs.append((out, out.clone()))
+            out.fill_(torch.nan)  # a capture computes nothing
+        return out
+
+    @contextlib.contextmanager
+    def capture(graph):
+        with graph:
+            capturing.append(True)
+            yield
+            capturing.clear()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr("benchmark_worker.FLUSH_BYTES", 30 * 2 * 2 * 512 * 16 * 4)
+    implementation = replace(right, attend=attend)
+    monkeypatch.setattr("benchmark_worker.make_implementation", lambda *_: implementation)
+    session = Session("ours", case, CPU)
+    assert not session.is_captured
+    session.is_captured = True
+    return session, graph, keys, session.prepare()
+
+
+def test_a_few_queries_are_timed_by_replays_of_a_graph(monkeypatch):
+    session, graph, keys, prepared = prepared_in_a_graph(monkeypatch)
+    facts = prepared.directions
+    assert facts.keys() == {"forward"} and facts["forward"].failure is None
+    assert session.calls.keys() == {"forward"} and session.calls_at_once == len(keys) == 30
+    assert len({key.data_ptr() for key in keys}) == 30
+    before = graph.replays
+    session.times("forward", 1.0, 2.0)
+    assert graph.replays == before + 3  # one to warm up
+
+
+def test_what_a_graph_cannot_capture_or_gets_wrong_is_a_failure(monkeypatch):
+    monkeypatch.setattr(EagerGraph, "replayed", 1.5)
+    *_, prepared = prepared_in_a_graph(monkeypatch)
+    assert "wrong by 5.00e-01 of its own answer" in prepared.directions["forward"].failure
+    monkeypatch.setattr(EagerGraph, "refuses", True)
+    session, *_, prepared = prepared_in_a_graph(monkeypatch)
+    assert "not permitted when stream is capturing" in prepared.directions["forward"].failure
+    assert not session.calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours", "sdpa_flash"])
+def test_a_gpu_replays_calls_of_one_query(name):
+    case = Case("sink_window4k", 1, 8192, heads=8, kv_heads=2, query_tokens=1)
+    session = Session(name, case, torch.device("cuda"))
+    session.compile()
+    facts = session.prepare().directions["forward"]
+    assert facts.failure is None
+    # 4,096 keys and values of two heads are 4 MiB.
+    assert session.calls_at_once == 64
+    times = session.times("forward", facts.estimate_ms, 20.0)
+    # Of one call, where the estimate is of a replay.
+    assert 0 < sorted(times)[len(times) // 2] * 64 < 2 * facts.estimate_ms
+
+
+@pytest.mark.gpu
+def test_a_gpu_call_that_builds_cannot_be_captured(monkeypatch):
+    case = Case("causal", 1, 1024, heads=2, kv_heads=2, query_tokens=1)
+    device = torch.device("cuda")
+    right = benchmark_peers.make_implementation("ours", case, device)
+
+    def attend(query, key, value):
+        clear_cache()
+        return right.attend(query, key, value)
+
+    building = replace(right, attend=attend)
+    monkeypatch.setattr("benchmark_worker.make_implementation", lambda *_: building)
+    facts = Session("ours", case, device).prepare().directions["forward"]
+    assert "got captured into a CUDA graph before" in facts.failure
+
+
 def _make_long_random_layout(block_size):
     case = Case("random10", block_size, length_tokens=131072)
     return measure_cost(lambda: benchmark_cases.random_layout(case), device=CPU, warmup=0)
@@ -204,6 +352,9 @@ def test_grids_hold_cases_that_can_run():
         for case, names in grid:
             assert case.heads % case.kv_heads == 0 and case.length_tokens % 128 == 0
             assert set(names) <= set(IMPLEMENTATIONS) and "ours" in names
+            if case.query_tokens is not None:
+                assert 1 <= case.query_tokens <= case.length_tokens
+                assert all(benchmark_cases.applies(name, case) for name in names)
             assert (case.block_size == 1) == (case.layout in benchmark_cases.TOKEN_EXACT)
             if "random" in case.layout and case.length_tokens > 16384:
                 assert case.block_size >= 64
@@ -224,6 +375,21 @@ def test_options_narrow_a_grid():
         assert case.seed == 3 and case.length_tokens == 2048
         assert "fa4" not in names and "ours_mha" not in names
         assert ("fa4_window" in names) == (case.layout == "window")
+
+
+def test_the_grid_of_decoding():
+    arguments = benchmark.parse_args(["--grid", "decode", "--device", "cuda"])
+    grid = benchmark.narrowed(GRIDS[arguments.grid](), arguments, {})
+    assert {names for _, names in grid} == {("ours", "sdpa_flash")}
+    assert {case.query_tokens for case, _ in grid} == {1}
+    lengths = {}
+    for case, _ in grid:
+        key = (case.layout, case.heads, case.kv_heads, case.head_dim)
+        lengths.setdefault(key, []).append(case.length_tokens)
+    for layout in ("sink_window4k", "causal"):
+        assert lengths.pop((layout, 32, 8, 128)) == [4096, 16384, 65536]
+        assert lengths.pop((layout, 9, 3, 64)) == [4096, 65536]
+    assert not lengths
 
 
 def test_options_that_leave_nothing_or_no_gpu_say_so(monkeypatch):
@@ -338,6 +504,12 @@ def test_what_cannot_be_imported_is_a_failure():
     assert "pip install flash-attn-4" in benchmark.absent_implementations()["fa4"]
 
 
+DECODED = [
+    small(layout, length_tokens=8192, kv_heads=1, query_tokens=1)
+    for layout in ("sink_window4k", "causal")
+]
+
+
 @pytest.fixture(scope="module")
 def grid_record(tmp_path_factory):
     """A run over a small grid, on a CPU: the way of a GPU run but for the clock."""
@@ -346,16 +518,17 @@ def grid_record(tmp_path_factory):
     names = ("ours", "sdpa_flash", "sdpa_cudnn")
     cases = (small("random50", 16), small("random10", 16), small("full"), small("bigbird", 16))
     grid = [(case, names) for case in cases[:3]] + [(cases[3], ("ours", "ours_window"))]
+    grid += [(case, ("ours", "sdpa_flash")) for case in DECODED]
     written = []
 
     def save(results):
         written.append(len(results))
 
     results = benchmark.measure_grid(grid, arguments, CPU, [], save)
-    assert written == [1, 2, 3, 4]
+    assert written == [1, 2, 3, 4, 5, 6]
     # What is known is not measured again.
     assert benchmark.measure_grid(grid, arguments, CPU, results, save) == results
-    assert written == [1, 2, 3, 4]
+    assert written == [1, 2, 3, 4, 5, 6]
     record = benchmark.RunRecord(
         1,
         "benchmark.py",
@@ -376,7 +549,7 @@ def test_a_grid_run_writes_what_it_measured(grid_record):
         dense_mask(by_case["random10"].case).float().mean()
     )
     for measured in results:
-        for direction in ("forward", "backward"):
+        for direction in measured.case.directions:
             ours = benchmark_results.row_of(measured, "ours", direction)
             assert len(ours.round_ms) == 2 and ours.low_ms <= ours.median_ms <= ours.high_ms
             assert ours.relative_error < 1e-4 and ours.launch_us > 0 and ours.first_call_s > 0
@@ -394,12 +567,38 @@ def test_a_grid_run_writes_what_it_measured(grid_record):
     assert other.density != by_case["bigbird"].density
 
 
+def test_a_grid_run_measures_the_forward_of_one_query(grid_record):
+    results = benchmark_results.grid_results(read_record(grid_record)).cases
+    sparse, dense = (r for r in results if r.case.query_tokens is not None)
+    assert [sparse.case, dense.case] == DECODED
+    assert (sparse.density, dense.density) == (0.5, 1.0)
+    for measured in (sparse, dense):
+        rows = {(row.implementation, row.direction): row for row in measured.rows}
+        assert rows.keys() == {("ours", "forward"), ("sdpa_flash", "forward")}
+        ours, peer = rows.values()
+        assert ours.relative_error < 1e-4 and ours.launch_us > 0 and len(peer.round_ms) == 2
+        kept = 2 * (4096 if measured is sparse else 8192)
+        assert ours.useful_tflops == pytest.approx(4 * 16 * kept / ours.median_ms / 1e9)
+        assert (peer.relative_error is None) == (measured is sparse)
+    lines = benchmark_results.case_table([sparse]).splitlines()[2:]
+    assert len(lines) == 3 and "50.00% of the queries' rows of the causal triangle" in lines[0]
+    assert "sink_window4k B1 H2/1 Q1 S8192" in benchmark_results.ratio_table([sparse])
+
+
+def test_times_of_microseconds_keep_their_digits():
+    row = Row("ours", "forward", 1.0, median_ms=0.01293, low_ms=0.012, high_ms=0.5, useful_tflops=1)
+    (line,) = benchmark_results.case_table(
+        [CaseResult(SMALL, True, 1.0, 1.0, (row,))]
+    ).splitlines()[3:]
+    assert " 0.0129 " in line and "0.0120-0.500" in line
+
+
 def test_tables_and_figures_come_from_the_record_alone(grid_record):
     cases = benchmark_results.grid_results(read_record(grid_record)).cases
     table = benchmark_results.case_table(cases)
     assert "random10 b16 B1 H2 S256 D16 float32" in table and "failed: RuntimeError" in table
     ratios = benchmark_results.ratio_table(cases)
-    assert ratios.count("sdpa_flash") == 6 and ratios.count("ours_window") == 2
+    assert ratios.count("sdpa_flash") == 8 and ratios.count("ours_window") == 2
     assert benchmark_results.break_even_table(cases).count("sdpa_flash") == 2
     (figure,) = plot.draw_figures(grid_record)
     assert figure.name == "benchmark_B1_H2_S256_D16_float32_b16_square.png"
@@ -408,7 +607,7 @@ def test_tables_and_figures_come_from_the_record_alone(grid_record):
 
 def test_resuming_keeps_the_cases_of_the_same_environment_only(grid_record):
     environment = read_record(grid_record).environment
-    assert len(benchmark.resumed_cases(grid_record, environment)) == 4
+    assert len(benchmark.resumed_cases(grid_record, environment)) == 6
     other = replace(environment, packages=environment.packages | {"torch": "0.1"})
     with pytest.raises(SystemExit, match="packages .*numbers of one record"):
         benchmark.resumed_cases(grid_record, other)
