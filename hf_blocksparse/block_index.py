@@ -567,7 +567,13 @@ def get_index(
     elif is_causal and query_end <= key_end:
         query_end, key_end = _round_up(query_end, tile_q), _round_up(key_end, tile_kv)
     key = (layout, *options.values(), query_end, key_end)
-    return _cache.get(
-        key,
-        lambda: build_index(layout, query_end=query_end, key_end=key_end, **options),
-    )
+
+    def build() -> BlockIndex:
+        index = build_index(layout, query_end=query_end, key_end=key_end, **options)
+        if strips is None:
+            return index
+        # Who asks for the chosen shape by itself gets the same tensors.
+        chosen = dict(options, tile_q=index.tile_q, tile_kv=index.tile_kv, strips=None)
+        return _cache.get((layout, *chosen.values(), query_end, key_end), lambda: index)
+
+    return _cache.get(key, build)

@@ -133,7 +133,7 @@ def case_table(results: Sequence[CaseResult]) -> str:
 
 def rate_table(results: Sequence[CaseResult], implementations: Sequence[str]) -> str:
     """Useful TFLOP/s of some implementations, a line per case and direction; empty where one did not take part or failed."""
-    header = f"{'':<44}{'kept':>7}  {'direction':<10}" + "".join(
+    header = f"{'':<50}{'kept':>7}  {'direction':<10}" + "".join(
         f"{name:>15}" for name in implementations
     )
     lines = [header, "-" * len(header)]
@@ -145,7 +145,7 @@ def rate_table(results: Sequence[CaseResult], implementations: Sequence[str]) ->
             cells = "".join(
                 f"{_cell(row.useful_tflops if row else None, '.3g'):>15}" for row in rows
             )
-            lines.append(f"{result.case!s:<44}{result.density:>7.1%}  {direction:<10}{cells}")
+            lines.append(f"{result.case!s:<50}{result.density:>7.1%}  {direction:<10}{cells}")
     return "\n".join(lines)
 
 

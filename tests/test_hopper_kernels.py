@@ -449,11 +449,21 @@ def test_every_reason_against_the_forward_kernel_is_given():
     [
         (random_blocks(4, 2048, 128, 0.25, 0), 128),
         (random_blocks(4, 2048, 64, 0.25, 0), 64),
+        (random_blocks(4, 2048, 32, 0.1, 0), 32),
+        (random_blocks(4, 2048, 16, 0.1, 0), 16),
         (BigBird(64), 64),
         (BigBird(64, window_blocks=17, global_blocks=0, random_blocks=0), 128),
         (BigBird(16, window_blocks=65, global_blocks=0, random_blocks=0), 128),
     ],
-    ids=["random 128", "random 64", "bigbird 64", "window 64", "window 16"],
+    ids=[
+        "random 128",
+        "random 64",
+        "random 32",
+        "random 16",
+        "bigbird 64",
+        "window 64",
+        "window 16",
+    ],
 )
 def test_small_blocks_are_taken_where_they_fill_tiles(layout, tile):
     where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
@@ -472,7 +482,9 @@ def test_small_blocks_are_taken_where_they_fill_tiles(layout, tile):
         )
 
     index = hopper._index_of(Problem(index_for, where, layout.grain, 1.0))
-    assert (index.tile_q, index.tile_kv) == (tile, tile)
+    assert (index.tile_q, index.tile_kv) == (max(64, tile), tile)
+    if tile < 128:
+        assert index is index_for(64, tile), "the portable kernels would hold another one"
 
 
 def test_other_devices_are_refused():

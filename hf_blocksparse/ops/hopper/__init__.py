@@ -22,8 +22,9 @@ from hf_blocksparse.ops.problem import Problem, empty_rows_like
 DTYPES = (torch.float16, torch.bfloat16)
 TILE = 128
 LOG2_E = 1.4426950408889634
-SMALLER_TILES = Strips(64, 64, 0.7)
-"""Tiles of the portable kernels. They pay where they hold less of what these kernels would compute than a coefficient costs more there."""
+PORTABLE_TILE = 64
+PORTABLE_RATE, GATHERED_RATE = 0.7, 0.5
+"""Coefficients that the portable kernels compute while these compute one: in tiles of 64, or in ones gathered from strips."""
 ALIGNMENT_BYTES = 16
 """Of the address and of every stride but the last one's: what the TMA can address."""
 
@@ -66,10 +67,13 @@ def takes_backward(
 
 
 def _index_of(problem: Problem) -> BlockIndex:
-    """The index for these kernels' tiles, or one of smaller tiles where a layout's small blocks would fill them too badly."""
-    if problem.block_size == 1 or problem.block_size % TILE == 0:
+    """The index for these kernels' tiles, or one of the portable kernels' where small blocks fill those so much better that they win."""
+    block_size = problem.block_size
+    if block_size == 1 or block_size % TILE == 0:
         return problem.index_for(TILE, TILE)
-    return problem.index_for(TILE, TILE, False, SMALLER_TILES)
+    rate = PORTABLE_RATE if block_size >= PORTABLE_TILE else GATHERED_RATE
+    portable = Strips(PORTABLE_TILE, min(block_size, PORTABLE_TILE), rate)
+    return problem.index_for(TILE, TILE, False, portable)
 
 
 class Operand(NamedTuple):
