@@ -296,7 +296,8 @@ def _read_mask(
         raise ValueError(
             f"attention_mask of {state.path} was made for (batch, query_len, kv_len) = "
             f"{(attention_mask.shape[0], *attention_mask.shape[2:])}, but the attention has {(batch, query_len, kv_len)}; the model "
-            "builds its mask in a way block_sparse attention does not know; leave this layer out with a PerLayer layout."
+            "builds its mask, or a cache gives its keys, in a way block_sparse attention does not know; use a cache of transformers, or "
+            "leave this layer out with a PerLayer layout."
         )
     if attention_mask.is_cross and state.layout is not None:
         raise NotImplementedError(

@@ -5,6 +5,7 @@ import inspect
 import io
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -33,14 +34,17 @@ from transformers import (
     Cache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaModel,
     QuantizedCache,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -1034,12 +1038,66 @@ def test_a_type_of_layers_that_is_not_there_is_refused():
         patch_model(make_model("gemma3"), SlidingWindow(4), layers="global_attention")
 
 
+def test_a_patched_model_gets_the_new_layouts_and_unpatching_restores_the_first():
+    model, batch = make_model("llama", "sdpa"), make_batch()
+    dense = model(**batch).logits
+    patch_model(patch_model(model, BigBird(16)), {1: SlidingWindow(3)}, impl="torch")
+    only = patch_model(make_model("llama", "sdpa"), {1: SlidingWindow(3)})
+    assert model.config.block_sparse == only.config.block_sparse
+    assert torch.equal(model(**batch).logits, only(**batch).logits)
+    assert state_of(model.model.layers[0].self_attn).layout is None
+    # A layout that cannot be given leaves the last one.
+    with pytest.raises(ValueError, match="layout names layer 9"):
+        patch_model(model, {9: Dense()})
+    assert torch.equal(model(**batch).logits, only(**batch).logits)
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+
+
+class KeepsEight(DynamicLayer):
+    """A cache layer that says nothing of the keys it drops."""
+
+    def update(self, *args, **kwargs):
+        return tuple(states[:, :, -8:] for states in super().update(*args, **kwargs))
+
+
+def test_caches_that_do_not_say_which_keys_they_give_are_refused():
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    batch = make_batch(14)
+    with pytest.raises(ValueError, match=r"\(3, 14, 14\), but .* has \(3, 14, 8\).* a cache gives"):
+        model(**batch, past_key_values=Cache(layers=[KeepsEight(), KeepsEight()]))
+    options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # transformers' own words: its paged cache has implementations of its own.
+    with pytest.raises(ValueError, match="block_sparse is not supported for continuous batching"):
+        model.generate_batch(inputs=[[5, 6, 7]], generation_config=options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(24,), (3,), (3, 1, 24), (3, 24, 24), (3, 1, 1, 24, 24), (2, 24)]
+)
+def test_masks_of_an_unexpected_rank_are_refused(shape):
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    tokens = make_batch(24, padded=False)["input_ids"]
+    message = f"attention_mask got shape {re.escape(str(shape))}; it must be .batch, length. with"
+    with pytest.raises(ValueError, match=message):
+        model(tokens, attention_mask=torch.ones(shape, dtype=torch.long))
+    for four in ((3, 24, 1, 24), (2, 1, 24, 24), (3, 1, 24, 23)):
+        with pytest.raises(
+            ValueError, match="attention_mask got shape .* it must be .3, 1 or heads"
+        ):
+            model(tokens, attention_mask=torch.ones(four, dtype=torch.bool))
+
+
 def test_wrong_models_are_refused():
     with pytest.raises(
         TypeError, match="model got Linear; it must be a transformers PreTrainedModel"
     ):
         patch_model(nn.Linear(2, 2), Dense())
     model = make_model("llama")
+    mamba = MambaModel(MambaConfig(vocab_size=9, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.raises(
+        NotImplementedError, match="MambaModel has no attention module that goes through"
+    ):
+        patch_model(mamba, Dense(), dense_every=2)
     with pytest.raises(
         TypeError, match="model got str; it must be a model that patch_model changed"
     ):
