@@ -331,7 +331,7 @@ def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
 
 @on_hopper
 def test_backward_takes_any_gradient_and_gives_what_is_needed():
-    """No gradient of the output, one that is a constant without memory of its own, one whose last axis is not the fastest."""
+    """No gradient of the output, a constant without memory of its own, one whose last axis is not the fastest, one at an odd address."""
     case = CASES["head size 64"]
     query, key, value = make_qkv(1, 4, 2, 1000, 1000, 64, 64, dtype=torch.bfloat16, device="cuda")
     problem = problem_of(case, "cuda")
@@ -343,7 +343,8 @@ def test_backward_takes_any_gradient_and_gives_what_is_needed():
 
     constant = grads(torch.ones_like(out))
     transposed = torch.ones_like(out).mT.contiguous().mT
-    for other in (grads(out.new_ones(1).expand_as(out)), grads(transposed)):
+    misaligned = out.new_ones(out.numel() + 1)[1:].view(out.shape)
+    for other in map(grads, (out.new_ones(1).expand_as(out), transposed, misaligned)):
         assert torch.equal(other[1], constant[1]) and torch.equal(other[2], constant[2])
     assert all(grad.count_nonzero() == 0 for grad in grads(None))
     assert grads(None, (False, True, False))[0] is grads(None, (False, True, False))[2] is None

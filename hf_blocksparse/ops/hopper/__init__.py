@@ -280,7 +280,7 @@ def backward(
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         elif _strides_for_tma(_operand(grad_out), grad_out.element_size()) is None:
-            grad_out = grad_out.contiguous()
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         dim = _padded(head_dim)
         constants = backward_constants(head_dim)
         with current_device(query.device):
