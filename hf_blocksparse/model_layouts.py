@@ -55,6 +55,7 @@ class LayerAttention:
         impl: implementation of `block_sparse_attention`; a wish for this run, never saved.
         problem: why this module must not run; raised on its first call.
         calls: how often the attention function was reached.
+        query_heads: of the module in all processes, None where it does not say.
     """
 
     path: str
@@ -63,6 +64,7 @@ class LayerAttention:
     impl: str = "auto"
     problem: str | None = None
     calls: int = 0
+    query_heads: int | None = None
 
 
 def config_of(module: nn.Module) -> Any:
@@ -529,6 +531,7 @@ def config_owners(model: PreTrainedModel) -> list[ConfigOwner]:
 def attach(module: nn.Module, state: LayerAttention) -> None:
     """Give `module` its layout and watch its first forward."""
     detach(module)
+    state.query_heads = num_query_heads(module)
     setattr(module, STATE_ATTRIBUTE, state)
     module.register_forward_hook(_verify_first_forward, with_kwargs=True)
 

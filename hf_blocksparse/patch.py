@@ -92,8 +92,6 @@ def patch_model(
         )
     layouts = layouts_by_layer(layout, block_size)
     modules = attention_modules(model)
-    if modules and (layers is not None or dense_every is not None):
-        layouts = choose_layers(model, layouts, layers, dense_every)
     if ALL_LAYERS in layouts or not modules:
         check_reachable(model)
     if not modules:
@@ -101,6 +99,8 @@ def patch_model(
             f"{type(model).__name__} has no attention module that goes through transformers' attention interface; "
             "choose another model."
         )
+    if layers is not None or dense_every is not None:
+        layouts = choose_layers(model, layouts, layers, dense_every)
     assigned, problems = assign_layouts(model, list(modules), layouts)
     if problems:
         raise ValueError(f"{'; '.join(problems)}.")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_blocksparse.layouts import Layout
-from hf_blocksparse.model_layouts import IMPLEMENTATION, num_query_heads
+from hf_blocksparse.model_layouts import IMPLEMENTATION, LayerAttention
 from hf_blocksparse.sequences import Sequences
 from hf_blocksparse.transformers_masks import SequenceMask
 
@@ -101,17 +101,16 @@ def hand_masks_on() -> None:
     ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attention
 
 
-def heads_of_call(
-    path: str, module: nn.Module, query: Tensor, layout: Layout | None
-) -> Heads | None:
-    """Which heads of `module` a call has; None where it has all, or keeps the module's own attention of its part.
+def heads_of_call(state: LayerAttention, query: Tensor) -> Heads | None:
+    """Which heads of a module a call has; None where it has all, or keeps the module's own attention of its part.
 
     Raises:
         NotImplementedError: the call has a part of the heads, the layout is not the same for all parts, and nothing says which it is.
     """
-    count, total, place = query.shape[1], num_query_heads(module), _rank_and_size()
+    count, total = query.shape[1], state.query_heads
     if count == total:
         return None
+    path, layout, place = state.path, state.layout, _rank_and_size()
     if place is not None:
         rank, size = place
         if total != count * size:

@@ -47,7 +47,6 @@ from hf_blocksparse.model_layouts import (
     attach_from_config,
     config_of,
     layouts_by_layer,
-    num_query_heads,
     registered_configs,
     section_of,
     state_of,
@@ -129,7 +128,7 @@ def block_sparse_attention_forward(
         raise ValueError(f"config.{SECTION}: {state.problem}.")
     state.calls += 1
     layout = state.layout
-    heads = heads_of_call(state.path, module, query, layout)
+    heads = heads_of_call(state, query)
     shares_sequence = heads is not None and heads.shares_sequence
     if shares_sequence:
         attention_mask = mask_of_all(state.path, query, kwargs)
@@ -523,9 +522,9 @@ def _traceable() -> tuple[Callable, Callable]:
             is_whole = query.shape[2] == key.shape[2] and kept_keys(key) is None
             # Context parallelism puts a function of its own there, which the untraced function refuses.
             has_own_sdpa = nn.functional.scaled_dot_product_attention is not _TORCH_SDPA
-            is_plain = attention_mask is None and _is_plain(state_of(module), kwargs)
-            has_all_heads = num_query_heads(module) == query.shape[1]
-            in_graph = is_plain and is_whole and has_all_heads and not has_own_sdpa
+            state = state_of(module)
+            is_plain = attention_mask is None and _is_plain(state, query, kwargs)
+            in_graph = is_plain and is_whole and not has_own_sdpa
             if not in_graph:
                 _refuse_export()
             forward = _attention_in_graph if in_graph else untraced_attention
@@ -558,9 +557,11 @@ def _make_mask(**arguments: Any) -> Tensor | None:
     return make_mask(**arguments)
 
 
-def _is_plain(state: LayerAttention | None, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call without a mask asks for nothing but a layout and causality."""
+def _is_plain(state: LayerAttention | None, query: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask asks for nothing but a layout and causality, in all heads."""
     if state is None or state.layout is None or state.problem is not None:
+        return False
+    if state.query_heads != query.shape[1]:
         return False
     if kwargs.get("output_attentions") or _weights_are_collected():
         return False

@@ -1,7 +1,7 @@
 """Write this package in the form of a hub kernel, for `attn_implementation="<org>/<repo>"`.
 
     python scripts/build_hub_kernel.py dist/hub-kernel --repo someone/hf-blocksparse
-    kernel-builder upload dist/hub-kernel --repo-id someone/hf-blocksparse    # or: hf upload --repo-type kernel
+    hf upload someone/hf-blocksparse dist/hub-kernel . --repo-type kernel --revision v1
 
 The folder holds `build/<variant>/` for each backend, as https://huggingface.co/docs/kernels/kernel-requirements asks of kernels
 without compiled parts: `metadata.json`, `__init__.py`, and the package. With the `kernels` package and the environment variable
@@ -106,11 +106,15 @@ model = AutoModelForCausalLM.from_pretrained("a/dense-model", config=config, att
 
 
 def build(folder: Path, repo: str) -> None:
-    """Write the kernel to `folder`, which must not hold anything else."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "build").is_dir():
+    """Write the kernel to `folder`, which may hold an earlier one."""
+    # What is there is deleted, so it must be an earlier kernel of this script and nothing else.
+    found = {str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("build/*"))}
+    if stray := sorted(
+        found - {"README.md", "build", *(f"build/torch-{name}" for name in BACKENDS)}
+    ):
         raise ValueError(
-            f"folder got {folder}, which holds something that is not a kernel; it is written anew; give an "
-            "empty one."
+            f"folder got {folder}, which holds {stray[0]}, no part of a kernel; it is written anew; give an "
+            "empty or a new one."
         )
     shutil.rmtree(folder, ignore_errors=True)
     version = hf_blocksparse.__version__

@@ -201,9 +201,14 @@ def test_the_folder_is_what_the_kernels_library_asks_for(work, tmp_path, capsys)
     assert REPO in (work / "kernel" / "README.md").read_text()
     # Written anew, and nothing else overwritten.
     build_hub_kernel.main([str(work / "kernel"), f"--repo={REPO}"])
-    (tmp_path / "precious").write_text("")
-    with pytest.raises(ValueError, match="which holds something that is not a kernel"):
-        build_hub_kernel.main([str(tmp_path), f"--repo={REPO}"])
+    for precious in ("precious", "build/precious"):
+        path = tmp_path / precious.replace("/", "-") / precious
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        folder = tmp_path / precious.replace("/", "-")
+        with pytest.raises(ValueError, match=f"which holds {precious}, no part of a kernel"):
+            build_hub_kernel.main([str(folder), f"--repo={REPO}"])
+        assert path.exists()
     for name in ("hf-blocksparse", "someone/flash-sparse", "someone/a:b", "/a"):
         with pytest.raises(SystemExit):
             build_hub_kernel.main([str(tmp_path / "new"), f"--repo={name}"])
