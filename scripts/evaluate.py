@@ -42,8 +42,8 @@ from protocol import (
     ProtocolArguments,
     TextArguments,
     attentions_side_by_side,
-    measure_costs,
     model_facts,
+    publish_around_costs,
     set_attention,
 )
 from sparsify_results import ModelFacts, TextFacts
@@ -282,14 +282,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cards=Path(arguments.cards),
             )
 
-        # Costs come from processes that may take long: what was measured before is written first.
-        publish_with(())
-        if protocol.cost_repetitions:
-            with phases("measure time and memory"):
-                costs = measure_costs(
-                    protocol, source.path, attentions, held_out, device=device, dtype=dtype
-                )
-            publish_with(costs)
+        publish_around_costs(
+            publish_with, phases, protocol, source.path, attentions, held_out,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

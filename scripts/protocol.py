@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -477,6 +477,25 @@ class Measurements:
         return measured
 
 
+def publish_around_costs(
+    publish: Callable[[Sequence[LengthCost]], None],
+    phases: Phases,
+    arguments: ProtocolArguments,
+    path: str,
+    attentions: dict[str, tuple[AttentionFacts, Layout | None]],
+    held_out: Windows,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Publishes what was measured before the costs, whose processes may take long, and all of it after them."""
+    publish(())
+    if arguments.cost_repetitions:
+        with phases("measure time and memory"):
+            costs = measure_costs(arguments, path, attentions, held_out, device=device, dtype=dtype)
+        publish(costs)
+
+
 def measure_costs(
     arguments: ProtocolArguments,
     path: str,
@@ -488,8 +507,6 @@ def measure_costs(
 ) -> list[LengthCost]:
     """Time and memory of the whole model at every length, each in a process of its own."""
     assert arguments.cost_tokens is not None and arguments.score_tokens is not None
-    if not arguments.cost_repetitions:
-        return []
     jobs: list[tuple[str, Layout | None]] = []
     roles = {LAYOUT: LAYOUT, "window": SAME_BUDGET}
     for wanted in arguments.cost_attentions:
