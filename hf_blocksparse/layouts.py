@@ -690,7 +690,8 @@ class PerHead(_Composite):
 class PerLayer(Layout):
     """Layouts by layer, for `patch_model`: `PerLayer({0: Dense(), 5: SinkWindow(64, 1024)})`.
 
-    Keys are layer numbers, or module paths where numbers are ambiguous. Layers not named keep the model's own attention.
+    Keys are layer numbers, or module paths where numbers are ambiguous. Layers not named keep the model's own attention. `layers` holds
+    the numbers in their order, then the paths.
     """
 
     layers: tuple[tuple[int | str, Layout], ...]
@@ -712,6 +713,8 @@ class PerLayer(Layout):
             raise ValueError(
                 f"PerLayer: layers got {[key for key, _ in items]}; a layer may be named once; drop the repeated keys."
             )
+        # One order, so that equality does not depend on which layer was named first: JSON sorts keys as text.
+        items = tuple(sorted(items, key=lambda item: (isinstance(item[0], str), item[0])))
         object.__setattr__(self, "layers", items)
         self.__post_init__()
 

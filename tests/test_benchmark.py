@@ -305,9 +305,20 @@ def test_what_a_graph_cannot_capture_or_gets_wrong_is_a_failure(monkeypatch):
     assert not session.calls
 
 
+@pytest.fixture
+def own_sdpa_kernels():
+    """An implementation chooses torch's kernels for its whole process, which a test shares with others."""
+    kernels = ("flash", "mem_efficient", "math", "cudnn")
+    cuda = torch.backends.cuda
+    before = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in kernels}
+    yield
+    for name, is_enabled in before.items():
+        getattr(cuda, f"enable_{name}_sdp")(is_enabled)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ours", "sdpa_flash"])
-def test_a_gpu_replays_calls_of_one_query(name):
+def test_a_gpu_replays_calls_of_one_query(name, own_sdpa_kernels):
     case = Case("sink_window4k", 1, 8192, heads=8, kv_heads=2, query_tokens=1)
     session = Session(name, case, torch.device("cuda"))
     session.compile()

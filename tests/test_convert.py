@@ -165,6 +165,10 @@ def test_layouts_of_the_command_line(tmp_path):
     section = patch_model(make_model("llama"), {1: SlidingWindow(5)}).config.block_sparse
     (tmp_path / "section.json").write_text(json.dumps(section))
     assert read_layout(str(tmp_path / "section.json")) == PerLayer({1: SlidingWindow(5)})
+    # JSON sorts the numbers of layers as text, 0, 1, 10, 2, where a model is saved: the layout is the same.
+    many = PerLayer({layer: SlidingWindow(3 + layer) for layer in range(12) if layer != 5})
+    section = {"version": 1, "layouts": {str(key): value.to_dict() for key, value in many.layers}}
+    assert read_layout(json.dumps(section, sort_keys=True)) == many
     with pytest.raises(TypeError, match=r"layout got \[1\]; a stored layout must be a dict"):
         (tmp_path / "list.json").write_text("[1]")
         read_layout(str(tmp_path / "list.json"))
