@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import write_readme_results  # noqa: E402
+import write_results  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -74,4 +74,5 @@ def test_the_pictures_of_the_layouts_are_what_the_code_draws():
 
 
 def test_the_results_are_those_of_the_records():
-    assert write_readme_results.write_results(README) == README
+    assert write_results.write_readme(README) == README
+    assert write_results.write_page() == write_results.PAGE.read_text(encoding="utf-8")
