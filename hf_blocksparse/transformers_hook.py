@@ -652,12 +652,16 @@ def _register_modeling(module: ModuleType) -> None:
 
     @functools.wraps(check)
     def check_with_section(
-        self: Any, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
+        self: Any,
+        attn_implementation: str | None,
+        is_init_check: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> str:
         section = section_of(self.config)
         by_section = is_init_check and attn_implementation is None and section is not None
         if not by_section and attn_implementation != IMPLEMENTATION:
-            chosen = check(self, attn_implementation, is_init_check=is_init_check, **kwargs)
+            chosen = check(self, attn_implementation, is_init_check, *args, **kwargs)
             if not names_this_package(chosen):
                 if section is not None:
                     warnings.warn(
@@ -672,13 +676,13 @@ def _register_modeling(module: ModuleType) -> None:
                 section_of(part) for _, part in registered_configs(self.config)
             ):
                 # Only parts of the model have layouts.
-                return check(self, None, is_init_check=is_init_check, **kwargs)
+                return check(self, None, is_init_check, *args, **kwargs)
             raise ValueError(
                 f"attn_implementation got {IMPLEMENTATION!r} for {type(self).__name__}, whose configuration has no layouts; "
                 "use patch_model(model, layout), or load with block_sparse=<layout>."
             )
         if is_init_check:
-            dense = check(self, None, is_init_check=True, **kwargs)
+            dense = check(self, None, True, *args, **kwargs)
             self.__dict__[DENSE_ATTRIBUTE] = dense
             admit_implementation(type(self), IMPLEMENTATION)
         elif state_missing(self):

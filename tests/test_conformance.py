@@ -7,8 +7,9 @@ import torch
 from conformance import run as conformance
 from conformance.matrix import ALL_FAMILIES, FEATURES, Run, judge, run_cell
 from conformance.reasons import expected_cell
+from conformance.sweep import NOT_BUILT, REFUSED, WORKS, WRONG, Verdict, examine, families
 
-from hf_blocksparse import transformers_hook
+from hf_blocksparse import Dense, transformers_hook
 from hf_blocksparse.run_record import read_record
 from hf_blocksparse.sequences import Sequences
 
@@ -228,11 +229,14 @@ def test_their_tests_run_with_ours_and_again_with_theirs(tmp_path):
 
 
 def test_the_page_is_made_of_the_records():
-    suite, matrix = (
+    suite, matrix, sweep = (
         read_record(conformance.RESULTS / f"conformance_{name}.json")
-        for name in ("suite", "matrix")
+        for name in ("suite", "matrix", "sweep")
     )
-    assert conformance.TABLE.read_text(encoding="utf-8") == conformance.make_table(suite, matrix)
+    page = conformance.make_table(suite, matrix, sweep)
+    assert conformance.TABLE.read_text(encoding="utf-8") == page
+    outcomes = {verdict["outcome"] for made in sweep.results.values() for verdict in made.values()}
+    assert outcomes == {WORKS, REFUSED, NOT_BUILT}
     assert set(matrix.results) == set(ALL_FAMILIES) and set(suite.results) <= set(
         conformance.SUITE_FAMILIES
     )
@@ -242,3 +246,38 @@ def test_the_page_is_made_of_the_records():
             release = matrix.environment.packages["transformers"]
             outcome, reason = expected_cell(ALL_FAMILIES[family], FEATURES[name], release)
             assert cell["outcome"] == outcome and re.search(reason, cell["reason"]), (family, name)
+
+
+# Through the interface; by a replaced module whose masks are its own; beside layers that are not attention; refused.
+@pytest.mark.parametrize(
+    ("name", "outcome", "reason"),
+    [
+        ("granite", WORKS, ""),
+        ("falcon", WORKS, "a changed token"),
+        ("recurrent_gemma", WORKS, ""),
+        ("rwkv", REFUSED, "do not go through transformers' attention interface"),
+        ("reformer", NOT_BUILT, "axial_pos_embds"),
+    ],
+)
+def test_sweep_of_a_family(name, outcome, reason):
+    verdict = examine_causal(name)
+    assert (verdict.outcome, bool(re.search(reason, verdict.reason))) == (outcome, True), verdict
+
+
+@pytest.mark.parametrize("name", ["granite", "falcon"])
+def test_sweep_notices_a_layout_that_is_ignored(name, monkeypatch):
+    attend = transformers_hook.block_sparse_attention
+    monkeypatch.setattr(
+        transformers_hook,
+        "block_sparse_attention",
+        lambda *tensors, layout, **options: attend(*tensors, layout=Dense(), **options),
+    )
+    assert examine_causal(name).outcome == WRONG
+
+
+def examine_causal(wanted: str) -> Verdict:
+    return next(
+        examine(kind, config_class, model_class)
+        for kind, name, config_class, model_class in families()
+        if (kind, name) == ("causal", wanted)
+    )

@@ -1,13 +1,14 @@
-"""Which transformers models run with block-sparse attention, and how: two runs and the table made of their records.
+"""Which transformers models run with block-sparse attention, and how: three runs and the page made of their records.
 
     python tests/conformance/run.py suite --transformers-tests ~/transformers --families llama bert
     python tests/conformance/run.py matrix
+    python tests/conformance/run.py sweep
     python tests/conformance/run.py table
 
 `suite` runs transformers' own model tests with our attention (dense layout) in the place of "sdpa", and those that do not pass again with
 theirs. It needs the tests/ and utils/ folders of transformers' repository at the installed version, and its src/transformers (a link to
-the installed package will do). `matrix` runs tiny models with a sparse layout against eager attention, see matrix.py. Both write a
-record to docs/results; `table` writes docs/conformance.md.
+the installed package will do). `matrix` runs tiny models with a sparse layout against eager attention, see matrix.py. `sweep` does so once
+for every language model there is, see sweep.py. Each writes a record to docs/results; `table` writes docs/conformance.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     matrix = commands.add_parser("matrix", help="our own matrix")
     matrix.add_argument("--families", nargs="+", default=None, metavar="FAMILY")
     matrix.add_argument("--output", type=Path, default=RESULTS / "conformance_matrix.json")
-    table = commands.add_parser("table", help="the page of both records")
+    sweep = commands.add_parser("sweep", help="every language model, once")
+    sweep.add_argument("--families", nargs="+", default=None, metavar="FAMILY")
+    sweep.add_argument("--output", type=Path, default=RESULTS / "conformance_sweep.json")
+    table = commands.add_parser("table", help="the page of the records")
     table.add_argument("--output", type=Path, default=TABLE)
     return parser.parse_args(argv)
 
@@ -240,14 +245,32 @@ def run_matrix(args: argparse.Namespace) -> None:
     write_record(_record(args, environment, started, results), args.output)
 
 
-def make_table(suite: RunRecord, matrix: RunRecord) -> str:
+def run_sweep(args: argparse.Namespace) -> None:
+    from conformance.sweep import WRONG, examine, families
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    # What families say of sizes they were not made for is theirs to say.
+    logging.set_verbosity(logging.CRITICAL)
+    environment, started = describe_environment(torch.device("cpu")), time.perf_counter()
+    results: dict[str, dict[str, dict[str, str]]] = {}
+    chosen = [each for each in families() if not args.families or each[1] in args.families]
+    for kind, name, config_class, model_class in tqdm(chosen, unit="family"):
+        verdict = examine(kind, config_class, model_class)
+        results.setdefault(kind, {})[name] = asdict(verdict)
+        if verdict.outcome == WRONG:
+            tqdm.write(f"{kind} {name}: {verdict.reason}")
+    write_record(_record(args, environment, started, results), args.output)
+
+
+def make_table(suite: RunRecord, matrix: RunRecord, sweep: RunRecord) -> str:
     """docs/conformance.md."""
     from conformance.matrix import FEATURES
 
     lines = [
         "# Conformance",
         "",
-        "Made by `python tests/conformance/run.py table` from `docs/results/conformance_{suite,matrix}.json`; not edited by hand.",
+        "Made by `python tests/conformance/run.py table` from `docs/results/conformance_{suite,matrix,sweep}.json`; not edited by hand.",
         "",
         "## transformers' own tests",
         "",
@@ -298,7 +321,52 @@ def make_table(suite: RunRecord, matrix: RunRecord) -> str:
         lines.append(f"| {feature.title} | {' | '.join(cells)} |")
     lines.append("")
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons_seen, 1)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_sweep_section(sweep)]) + "\n"
+
+
+# Refusals of many families, and what they mean.
+REFUSALS = (
+    (r"do(es)? not go through transformers' attention interface", "attention modules of their own"),
+    (
+        r"are cross-attention",
+        "a decoder's cross-attention has no layout: name the self-attention layers one by one",
+    ),
+    (r"has no attention module", "no attention at all"),
+)
+
+
+def _sweep_section(sweep: RunRecord) -> list[str]:
+    """What becomes of every language model: those that work by name, the others with the reason."""
+    from conformance.sweep import NOT_BUILT, REFUSED, WORKS
+
+    lines = [
+        "## Every language model",
+        "",
+        f"{_versions(sweep)}, CPU. Every causal and masked language model of transformers' auto classes, tiny and random, patched as a "
+        "whole: with `Dense()` its logits have to be its own, with a window those of eager attention within it (where it has none that "
+        "reads transformers' masks, tokens out of reach must not matter), and unpatching has to bring back its logits bit for bit.",
+    ]
+    for kind, made in sweep.results.items():
+        works = [name for name, verdict in made.items() if verdict["outcome"] == WORKS]
+        lines += [
+            "",
+            f"**{kind.capitalize()}**: {len(works)} of {len(made)} work: {', '.join(works)}.",
+        ]
+        for outcome, title in ((REFUSED, "refused"), (NOT_BUILT, "not built with small sizes")):
+            by_reason: dict[str, list[str]] = {}
+            for name, verdict in made.items():
+                if verdict["outcome"] == outcome:
+                    by_reason.setdefault(_reason_of_many(verdict["reason"]), []).append(name)
+            if by_reason:
+                lines += ["", f"| {kind}, {title} | reason |", "|---|---|"]
+                lines += [
+                    f"| {', '.join(names)} | {_escape(why)} |" for why, names in by_reason.items()
+                ]
+    return lines
+
+
+def _reason_of_many(reason: str) -> str:
+    return next((short for pattern, short in REFUSALS if re.search(pattern, reason)), reason)
 
 
 def _versions(record: RunRecord) -> str:
@@ -316,11 +384,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_suite(args)
     elif args.command == "matrix":
         run_matrix(args)
+    elif args.command == "sweep":
+        run_sweep(args)
     else:
-        suite, matrix = (
-            read_record(RESULTS / f"conformance_{name}.json") for name in ("suite", "matrix")
+        records = (
+            read_record(RESULTS / f"conformance_{name}.json")
+            for name in ("suite", "matrix", "sweep")
         )
-        args.output.write_text(make_table(suite, matrix), encoding="utf-8")
+        args.output.write_text(make_table(*records), encoding="utf-8")
 
 
 if __name__ == "__main__":
