@@ -324,14 +324,15 @@ def make_table(suite: RunRecord, matrix: RunRecord, sweep: RunRecord) -> str:
     return "\n".join([*lines, "", *_sweep_section(sweep)]) + "\n"
 
 
-# Refusals of many families, and what they mean.
-REFUSALS = (
-    (r"do(es)? not go through transformers' attention interface", "attention modules of their own"),
+# Reasons of many families in the sweep, and what they mean.
+REASONS_OF_MANY = (
+    (r"cannot be patched as a whole", "attention modules of their own"),
     (
         r"are cross-attention",
         "a decoder's cross-attention has no layout: name the self-attention layers one by one",
     ),
     (r"has no attention module", "no attention at all"),
+    (r"parameters with small sizes", "large in spite of it"),
 )
 
 
@@ -366,7 +367,7 @@ def _sweep_section(sweep: RunRecord) -> list[str]:
 
 
 def _reason_of_many(reason: str) -> str:
-    return next((short for pattern, short in REFUSALS if re.search(pattern, reason)), reason)
+    return next((short for pattern, short in REASONS_OF_MANY if re.search(pattern, reason)), reason)
 
 
 def _versions(record: RunRecord) -> str:
