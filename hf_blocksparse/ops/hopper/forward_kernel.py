@@ -35,7 +35,7 @@ from hf_blocksparse.ops.hopper.compat import (
     tma_load,
     tma_store,
 )
-from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between
+from hf_blocksparse.ops.hopper.mask_bits import apply_mask, load_mask
 
 TILE = gl.constexpr(128)
 HALF = gl.constexpr(64)  # query rows of one consumer
@@ -161,29 +161,6 @@ def update(scores, running_max, running_sums, score_scale):
 
 
 @gluon.jit
-def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores):
-    """Words of bits [rows, 4, 4]: of 32 keys each, moved down to the first column of each of the 4 threads that share a row.
-
-    Keys outside `[key_begin, key_end)`, counted in the tile, are cleared.
-    """
-    ROWS: gl.constexpr = scores.shape[0]
-    parts = gl.reshape(scores, [ROWS, 4, 4, 4, 2])
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    words = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
-    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
-    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
-    place = (query_in_tile + rows) * 4 + words
-    packed = gl.load(
-        bank + mask_id.to(gl.int64) * (TILE * 4) + place, mask=place + mask_id >= place, other=-1
-    )
-    packed = packed & bits_between(words, key_begin, key_end)
-    return packed >> (2 * threads)
-
-
-@gluon.jit
 def clear_foreign_values(
     values, filled, parity, key_row, key_rows, kv_begin, kv_end, CONSUMER: gl.constexpr
 ):
@@ -275,7 +252,7 @@ def consumer(
         )
         key_row = first_tile * TILE + key_shift
         mask = load_mask(
-            bank, first_mask, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+            bank, first_mask, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores, TILE
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(key_free.index(slot))
@@ -311,7 +288,7 @@ def consumer(
             )
             pair_barrier_arrive(OTHERS_TURN)
             mask = load_mask(
-                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores, TILE
             )
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(key_free.index(slot))

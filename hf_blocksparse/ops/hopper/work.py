@@ -41,7 +41,10 @@ COLUMN_RECORD = 20
 """Integers per key tile and query head that reads it: batch, query head, tensor row of the tile's first key, begin and end of the
 sequence's key rows, what to add to a query's position for its row, begin and end of the sequence's query rows, slot of query tile 0 in the
 sums of dQ, first partial entry, number of them, first full entry that needs no mask, whether the full entry before those needs one, number
-of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together."""
+of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together.
+
+In a `PartSchedule` the last is that of the part alone, and there are three more: the first query tile of the part and the one after its last,
+counted in the head's list, and the slot that its sums go to (-1: it is the whole of its key tile)."""
 (
     COLUMN_Q_BEGIN,
     COLUMN_Q_END,
@@ -51,7 +54,10 @@ of full entries that do, number of query tiles with a mask, number of query tile
     COLUMN_NUM_MASKED,
     COLUMN_TILES,
     COLUMN_GROUP_TILES,
-) = 6, 7, 8, 9, 10, 14, 15, 16
+    COLUMN_FIRST,
+    COLUMN_LAST,
+    COLUMN_SLOT,
+) = 6, 7, 8, 9, 10, 14, 15, 16, 17, 18, 19
 
 # Tiles are dealt out to one multiprocessor in so many at a time, so that one with a long tile is left in peace meanwhile.
 DEALT_TO = 4
@@ -59,6 +65,10 @@ DEALT_TO = 4
 LONG = 4
 # What a tile costs beside its steps, in steps.
 TILE_OVERHEAD = 1
+SMALLEST_PART = 16
+"""Query tiles of a part of a key tile, at least: adding it up costs as much as a few."""
+PROGRAMS_OF_SMALL_TILES = 2
+"""So many programs with tiles of 64 share a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,25 @@ class ColumnSchedule:
     records: Tensor
     offsets: Tensor
     first_slots: Tensor
+    num_slots: int
+
+    @property
+    def num_programs(self) -> int:
+        return self.offsets.numel() - 1
+
+
+@dataclass(frozen=True)
+class PartSchedule:
+    """Of the key pass. `records`: int32 `[num_parts, group_size, COLUMN_RECORD]`; program `i` computes the parts from `offsets[i]` to
+    `offsets[i + 1]`. A part is a key tile with all that its group reads it with, or some of the query tiles of one that is divided.
+
+    `divided`: int32 `[.., 7]`, a row per divided tile: batch, key head, tensor row of its first key, begin and end of the sequence's key
+    rows, slot of the first of its parts in the sums, number of them, which is 0 in rows that are not used. There are `num_slots` slots.
+    """
+
+    records: Tensor
+    offsets: Tensor
+    divided: Tensor
     num_slots: int
 
     @property
@@ -228,6 +257,7 @@ def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.c
 _Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]
 _schedules: _Schedules = WeakKeyDictionary()
 _column_schedules: _Schedules = WeakKeyDictionary()
+_part_schedules: _Schedules = WeakKeyDictionary()
 _transposed_banks: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
 
 
@@ -239,7 +269,7 @@ def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedul
     """The schedule of a call with `heads` query heads, made at its first use and kept as long as index and sequences live."""
     known = _known(_schedules, index, sequences)
     if heads not in known:
-        known[heads] = make_schedule(index, sequences, heads, _multiprocessors(index.bank.device))
+        known[heads] = make_schedule(index, sequences, heads, _num_programs(index))
     return known[heads]
 
 
@@ -250,9 +280,26 @@ def column_schedule_for(
     known = _known(_column_schedules, index, sequences)
     if (heads, kv_heads) not in known:
         known[heads, kv_heads] = make_column_schedule(
-            index, sequences, heads, kv_heads, _multiprocessors(index.bank.device)
+            index, sequences, heads, kv_heads, _num_programs(index)
         )
     return known[heads, kv_heads]
+
+
+def part_schedule_for(
+    index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int
+) -> PartSchedule:
+    """The same for the key pass."""
+    known = _known(_part_schedules, index, sequences)
+    if (heads, kv_heads) not in known:
+        known[heads, kv_heads] = make_part_schedule(
+            index, sequences, heads, kv_heads, _num_programs(index)
+        )
+    return known[heads, kv_heads]
+
+
+def _num_programs(index: BlockIndex) -> int:
+    number = _multiprocessors(index.bank.device)
+    return number if index.tile_q == TILE else PROGRAMS_OF_SMALL_TILES * number
 
 
 @cache
@@ -295,13 +342,14 @@ def _deal_out(costs: Tensor, num_multiprocessors: int) -> tuple[Tensor, Tensor]:
 def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_multiprocessors: int
 ) -> Schedule:
-    """Lists for `num_multiprocessors`, fewer where there are fewer tiles. `index` has tiles of `TILE x TILE` and is not empty."""
+    """Lists for `num_multiprocessors`, fewer where there are fewer tiles. `index` has square tiles and is not empty."""
     check_not_capturing(index.bank.device, "the schedule of these sequences")
-    items = sequences.q_items(TILE)
+    tile = index.tile_q
+    items = sequences.q_items(tile)
     num_items = items.shape[0]
     records = items.new_empty(num_items * heads, RECORD)
     describe_kernel[(num_items, heads)](
-        records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=TILE
+        records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=tile
     )
     steps = records[:, STEPS].long()
     costs = torch.where(steps > 0, steps + TILE_OVERHEAD, 0)
@@ -320,25 +368,17 @@ def make_column_schedule(
     num_multiprocessors: int,
 ) -> ColumnSchedule:
     """Lists of key tiles; otherwise as `make_schedule`."""
-    check_not_capturing(index.bank.device, "the schedule of these sequences")
-    items = sequences.kv_items(TILE)
-    num_items = items.shape[0]
     first_slots = _first_slots(sequences)
-    lists = tile_lists(index)[1]
-    records = items.new_zeros(num_items * kv_heads, heads // kv_heads, COLUMN_RECORD)
-    describe_columns_kernel[(num_items, heads)](
-        records, items, sequences.table, lists, first_slots, heads // kv_heads,
-        NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=TILE,
-    )  # fmt: skip
-    is_used = records[:, 0, COLUMN_TILES] >= 0
-    steps = records[:, :, COLUMN_TILES].sum(1)
-    _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
-    steps = records[:, :, COLUMN_TILES].sum(1)
-    records[:, :, COLUMN_GROUP_TILES] = steps[:, None]
-    steps = steps.long().clamp(min=0)
+    records, is_used = _describe_columns(index, sequences, heads, kv_heads, first_slots)
+    steps = records[:, 0, COLUMN_GROUP_TILES].long()
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
-    group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
-    order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
+    order = _order(
+        _group_of_columns(records, kv_heads),
+        steps,
+        costs,
+        sequences.batch * kv_heads,
+        num_multiprocessors,
+    )
     by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
     return ColumnSchedule(
         records[order[by_owner]],
@@ -346,6 +386,89 @@ def make_column_schedule(
         first_slots,
         sequences.q_items(TILE).shape[0],
     )
+
+
+@torch.inference_mode(False)
+def make_part_schedule(
+    index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int, num_programs: int
+) -> PartSchedule:
+    """Lists of key tiles for `num_programs`, those divided that are longer than a program's share; otherwise as `make_schedule`."""
+    records, is_used = _describe_columns(
+        index, sequences, heads, kv_heads, _first_slots(sequences)
+    )
+    num_tiles = records.shape[0]
+    steps = records[:, 0, COLUMN_GROUP_TILES].long()
+    longest = torch.clamp(-(-steps.sum() // num_programs), min=SMALLEST_PART)
+    num_parts = (-(-steps // longest)).clamp(min=1)
+    # What the host can say: beyond one per tile there are fewer parts than programs, and of divided tiles at most twice as many.
+    part = torch.arange(num_tiles + num_programs, device=steps.device)
+    ends = torch.cumsum(num_parts, 0)
+    tile = torch.searchsorted(ends, part, right=True)
+    exists = tile < num_tiles
+    tile = tile.clamp(max=num_tiles - 1)
+    number = part - (ends - num_parts)[tile]
+    begin = steps[tile] * number // num_parts[tile]
+    end = steps[tile] * (number + 1) // num_parts[tile]
+    is_divided = exists & (num_parts[tile] > 1)
+    slot = torch.cumsum(is_divided, 0) - 1
+
+    of_parts = records[tile]
+    of_heads = of_parts[:, :, COLUMN_TILES].long()
+    before = torch.cumsum(of_heads, 1) - of_heads
+    zero = torch.zeros_like(of_heads)
+    of_parts[:, :, COLUMN_FIRST] = torch.clamp(begin[:, None] - before, zero, of_heads).int()
+    of_parts[:, :, COLUMN_LAST] = torch.clamp(end[:, None] - before, zero, of_heads).int()
+    of_parts[:, :, COLUMN_GROUP_TILES] = (end - begin)[:, None].int()
+    of_parts[:, :, COLUMN_SLOT] = torch.where(is_divided, slot, -1)[:, None].int()
+
+    is_first = is_divided & (number == 0)
+    row = torch.where(is_first, torch.cumsum(is_first, 0) - 1, num_programs)
+    divided = records.new_zeros(num_programs + 1, 7)
+    divided[row, :5] = of_parts[:, 0, :5]
+    divided[row, 1] = of_parts[:, 0, 1] // (heads // kv_heads)
+    divided[row, 5] = slot.int()
+    divided[row, 6] = torch.where(is_first, num_parts[tile], 0).int()
+
+    steps = end - begin
+    costs = torch.where(exists & is_used[tile], steps + TILE_OVERHEAD, 0)
+    order = _order(
+        _group_of_columns(of_parts, kv_heads),
+        steps,
+        costs,
+        sequences.batch * kv_heads,
+        num_programs,
+    )
+    by_owner, offsets = _deal_out(costs[order], num_programs)
+    return PartSchedule(
+        of_parts[order[by_owner]], offsets, divided[:num_programs], 2 * num_programs
+    )
+
+
+def _describe_columns(
+    index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int, first_slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Records of all key tiles, int32 `[key tiles, group_size, COLUMN_RECORD]`, and which of them are used."""
+    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    tile = index.tile_kv
+    items = sequences.kv_items(tile)
+    num_items = items.shape[0]
+    lists = tile_lists(index)[1]
+    records = items.new_zeros(num_items * kv_heads, heads // kv_heads, COLUMN_RECORD)
+    describe_columns_kernel[(num_items, heads)](
+        records, items, sequences.table, lists, first_slots, heads // kv_heads,
+        NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=tile,
+    )  # fmt: skip
+    is_used = records[:, 0, COLUMN_TILES] >= 0
+    steps = records[:, :, COLUMN_TILES].sum(1)
+    _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
+    steps = records[:, :, COLUMN_TILES].sum(1).clamp(min=0)
+    records[:, :, COLUMN_GROUP_TILES] = steps[:, None].int()
+    return records, is_used
+
+
+def _group_of_columns(records: Tensor, kv_heads: int) -> Tensor:
+    """Per key tile the number of its batch row and key head, from 1 on."""
+    return 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // records.shape[1]
 
 
 def _first_slots(sequences: Sequences) -> Tensor:
@@ -381,6 +504,6 @@ def transposed_bank(index: BlockIndex) -> Tensor:
         check_not_capturing(index.bank.device, "the transposed masks of this layout")
         bank = torch.empty_like(index.bank)
         if bank.shape[0]:
-            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=TILE)
+            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=index.tile_q)
         _transposed_banks[index] = bank
     return bank

@@ -1,0 +1,755 @@
+"""Backward kernels for Hopper in two passes, without atomics: dK and dV by key tiles of 64 rows, and dQ by query tiles of 64 rows.
+
+For blocks too small for `backward_kernel`, and where results must be bitwise reproducible. The price is that scores and dP are computed
+twice: seven products for five. Formulas as in `ops/triton/backward.py`; the key pass works on transposed tiles, S^T = K Q^T.
+
+Two programs share a multiprocessor, so that one has its products on the tensor cores while the other computes. Each walks its list of tiles
+with two partitions of warps: a *producer* of one warp, which has the TMA copy rows into shared memory and clears those of other sequences
+(which may be NaN), and a *consumer* of four warps. A step is one tile of the other axis; the scores of the next step are started before the
+last products of a step are waited for.
+
+Barriers come in pairs, *filled* (by the copy, or by the producer where it has more to do) and *free* (by the consumer):
+
+| kernel | slots | what goes through |
+|---|---|---|
+| key pass | `kv`: 1 | K and V of the key tile; dK and dV leave through their places |
+| | `query`, `grad_out`: `SLOTS` each | Q with the row sums, dO with deltas and mask; the producer comes to *filled* as well |
+| query pass | `query`, `grad_out`: 1 each | Q and dO of the query tile; dQ leaves through the place of dO |
+| | `ring`: `STAGES` | K and V of each step, in turns |
+
+The last place of a *filled* barrier is the producer's own, for the copies whose rows it has to clear before the consumer comes.
+
+A key tile that many queries read, of all heads that share the key head, would hold its program up for long after the others: such tiles are
+divided (`work.PartSchedule`). Each part leaves float32 sums, which `add_parts_kernel` adds in the order of the parts.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hf_blocksparse.ops.hopper.backward_kernel import (
+    clear_foreign_rows,
+    entry_of,
+    load_steps,
+    store_rows,
+    straddles,
+)
+from hf_blocksparse.ops.hopper.compat import tma_load
+from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, load_mask, read_mask
+from hf_blocksparse.ops.hopper.small_forward_kernel import load_walk
+from hf_blocksparse.ops.triton.tiles import row_pointers
+
+TILE = gl.constexpr(64)
+WORDS = gl.constexpr(2)  # of a row of a mask
+RECORD = gl.constexpr(16)
+COLUMN_RECORD = gl.constexpr(20)
+
+
+@gluon.jit
+def bring_mask(bank, mask_id, q_begin, q_end, kv_begin, kv_end, words):
+    """Puts a mask of the transposed bank into `words` [64, 2], all bits for -1, cleared outside the ranges of rows, which are counted in
+    the tiles."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WORDS], [32, 1], [1, 1], [1, 0])
+    keys = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    numbers = gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, LAYOUT)), 0)
+    is_own = gl.expand_dims((keys >= kv_begin) & (keys < kv_end), 1)
+    place = gl.expand_dims(keys, 1) * WORDS + numbers
+    packed = gl.load(
+        bank + mask_id.to(gl.int64) * (TILE * WORDS) + place,
+        mask=place + mask_id >= place,
+        other=-1,
+    )
+    packed = packed & bits_between(numbers, q_begin, q_end)
+    words.store(gl.where(is_own, packed, gl.zeros_like(packed)))
+
+
+@gluon.jit
+def key_pass_producer(
+    query_desc, key_desc, value_desc, grad_out_desc, log2_sums, deltas,
+    records, offsets, indices, mask_ids, bank, num_heads, group_size, query_rows, key_rows,
+    keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+    kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
+    DIM: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    number = 0
+    turn = 0
+    num_cut_keys = 0
+    num_cut_queries = 0
+    part_begin = gl.load(offsets + gl.program_id(0))
+    part_end = gl.load(offsets + gl.program_id(0) + 1)
+    for place in range(part_begin, part_end):
+        of_part = records + place * group_size * COLUMN_RECORD
+        batch = gl.load(of_part)
+        kv_head = gl.load(of_part + 1) // group_size
+        key_row = gl.load(of_part + 2)
+        kv_begin = gl.load(of_part + 3)
+        kv_end = gl.load(of_part + 4)
+        is_cut = straddles(key_row, key_rows, kv_begin, kv_end, TILE)
+        mbarrier.wait(kv_free, (turn & 1) ^ 1)
+        target = kv_filled.index(gl.where(is_cut, 1, 0))
+        mbarrier.expect(target, 2 * TILE * DIM * 2)
+        tma_load(key_desc, [batch, kv_head, key_row, 0], target, keys.index(0))
+        tma_load(value_desc, [batch, kv_head, key_row, 0], target, values.index(0))
+        if is_cut:
+            mbarrier.wait(kv_filled.index(1), num_cut_keys & 1)
+            clear_foreign_rows(keys, 0, key_row, kv_begin, kv_end, TILE, DIM)
+            clear_foreign_rows(values, 0, key_row, kv_begin, kv_end, TILE, DIM)
+            fence_async_shared()
+            mbarrier.arrive(kv_filled.index(0))
+            num_cut_keys += 1
+        turn += 1
+        for member in range(0, group_size):
+            record = of_part + member * COLUMN_RECORD
+            head = gl.load(record + 1)
+            query_shift = gl.load(record + 5)
+            q_begin = gl.load(record + 6)
+            q_end = gl.load(record + 7)
+            first = gl.load(record + 17)
+            last = gl.load(record + 18)
+            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
+                load_steps(record)
+            )
+            terms = (batch * num_heads + head).to(gl.int64) * query_rows
+            entry = entry_of(
+                first, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+            )
+            next_tile = gl.load(indices + entry, mask=first < last, other=0)
+            next_mask_id = gl.load(mask_ids + entry, mask=first < last, other=0)
+            for walked in range(first, last):
+                row = next_tile * TILE + query_shift
+                mask_id = next_mask_id
+                # The next tile's number is on its way while this one's slots are waited for.
+                entry = entry_of(
+                    gl.minimum(walked + 1, last - 1),
+                    partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+                )  # fmt: skip
+                next_tile = gl.load(indices + entry)
+                next_mask_id = gl.load(mask_ids + entry)
+                rows = row + gl.arange(0, TILE, ROWS)
+                is_own = (rows >= q_begin) & (rows < q_end)
+                # Rows of nobody get p = 2^(s - inf) = 0.
+                log2_sum = gl.load(log2_sums + terms + rows, mask=is_own, other=float("inf"))
+                delta = gl.load(deltas + terms + rows, mask=is_own, other=0.0)
+                is_cut = straddles(row, query_rows, q_begin, q_end, TILE)
+                slot = number % SLOTS
+                parity = ((number // SLOTS) & 1) ^ 1
+                place_filled = gl.where(is_cut, SLOTS, slot)
+                where = [batch, head, row, 0]
+                mbarrier.wait(query_free.index(slot), parity)
+                mbarrier.expect(query_filled.index(place_filled), TILE * DIM * 2)
+                tma_load(query_desc, where, query_filled.index(place_filled), queries.index(slot))
+                sums_of_rows.index(slot).store(log2_sum)
+                mbarrier.arrive(query_filled.index(slot))
+                mbarrier.wait(grad_out_free.index(slot), parity)
+                mbarrier.expect(grad_out_filled.index(place_filled), TILE * DIM * 2)
+                tma_load(
+                    grad_out_desc, where, grad_out_filled.index(place_filled), grad_outs.index(slot)
+                )
+                deltas_of_rows.index(slot).store(delta)
+                if walked < num_masked:
+                    bring_mask(
+                        bank, mask_id, q_begin - row, q_end - row,
+                        kv_begin - key_row, kv_end - key_row, masks.index(slot),
+                    )  # fmt: skip
+                if is_cut:
+                    mbarrier.wait(query_filled.index(SLOTS), num_cut_queries & 1)
+                    mbarrier.wait(grad_out_filled.index(SLOTS), num_cut_queries & 1)
+                    clear_foreign_rows(queries, slot, row, q_begin, q_end, TILE, DIM)
+                    clear_foreign_rows(grad_outs, slot, row, q_begin, q_end, TILE, DIM)
+                    fence_async_shared()
+                    mbarrier.arrive(query_filled.index(slot))
+                    mbarrier.arrive(grad_out_filled.index(slot))
+                    num_cut_queries += 1
+                mbarrier.arrive(grad_out_filled.index(slot))
+                number += 1
+
+
+@gluon.jit
+def take_key_step(
+    scores, grad_key, grad_value, number, last, score_scale,
+    keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+    query_filled, query_free, grad_out_filled, grad_out_free,
+    MASKED: gl.constexpr, DIM: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Step `number` of the part, whose scores are there and whose last step is before `last`; returns those of the next one."""
+    DTYPE: gl.constexpr = keys.dtype
+    SCORES: gl.constexpr = scores.type.layout
+    ACCUMULATOR: gl.constexpr = grad_key.type.layout
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACCUMULATOR, k_width=2)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    no_scores = gl.zeros([TILE, TILE], gl.float32, SCORES)
+    slot = number % SLOTS
+    # Always 0, which the compiler does not know: addresses known outside of the loop would fill registers until they spill.
+    own = number >> 30
+    query = queries.index(slot).reshape([TILE, DIM])
+    grad_out = grad_outs.index(slot).reshape([TILE, DIM])
+    mbarrier.wait(grad_out_filled.index(slot), (number // SLOTS) & 1)
+    grad_probabilities = warpgroup_mma(
+        values.index(own).reshape([TILE, DIM]),
+        grad_out.permute([1, 0]),
+        no_scores,
+        use_acc=False,
+        is_async=True,
+    )
+    if MASKED:
+        scores = apply_mask(scores, read_mask(masks.index(slot), scores))
+    log2_sum = sums_of_rows.index(slot).load(COLUMNS)
+    probabilities = gl.exp2(scores * score_scale - gl.expand_dims(log2_sum, 0))
+    weights = gl.convert_layout(probabilities.to(DTYPE), OPERAND)
+    grad_value = warpgroup_mma(weights, grad_out, grad_value, is_async=True)
+    grad_probabilities = warpgroup_mma_wait(1, deps=[grad_probabilities])
+    delta = deltas_of_rows.index(slot).load(COLUMNS)
+    grads = probabilities * (grad_probabilities - gl.expand_dims(delta, 0))
+    weights = gl.convert_layout(grads.to(DTYPE), OPERAND)
+    grad_key = warpgroup_mma(weights, query, grad_key, is_async=True)
+    grad_value = warpgroup_mma_wait(1, deps=[grad_value])
+    mbarrier.arrive(grad_out_free.index(slot))
+    # The last step repeats its own scores, which nobody reads.
+    has_next = number + 1 < last
+    next_slot = gl.where(has_next, (number + 1) % SLOTS, slot)
+    mbarrier.wait(query_filled.index(next_slot), ((number + 1) // SLOTS) & 1, pred=has_next)
+    next_scores = warpgroup_mma(
+        keys.index(own).reshape([TILE, DIM]),
+        queries.index(next_slot).reshape([TILE, DIM]).permute([1, 0]),
+        no_scores,
+        use_acc=False,
+        is_async=True,
+    )
+    grad_key = warpgroup_mma_wait(1, deps=[grad_key])
+    mbarrier.arrive(query_free.index(slot))
+    scores = warpgroup_mma_wait(0, deps=[next_scores])
+    return scores, grad_key, grad_value
+
+
+@gluon.jit
+def store_part(pointer, sums, DIM: gl.constexpr):
+    LAYOUT: gl.constexpr = sums.type.layout
+    rows = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT)), 1)
+    dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
+    gl.store(pointer + rows * DIM + dims, sums)
+
+
+@gluon.jit
+def key_pass_consumer(
+    grad_key_desc, grad_key, grad_key_strides, grad_value_desc, grad_value, grad_value_strides,
+    parts, records, offsets, scale, score_scale, group_size, key_rows,
+    keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+    kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = keys.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
+    )
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16]
+    )
+    number = 0
+    turn = 0
+    part_begin = gl.load(offsets + gl.program_id(0))
+    part_end = gl.load(offsets + gl.program_id(0) + 1)
+    for place in range(part_begin, part_end):
+        of_part = records + place * group_size * COLUMN_RECORD
+        last = number + gl.load(of_part + 16)
+        key_sum = gl.zeros([TILE, DIM], gl.float32, ACCUMULATOR)
+        value_sum = gl.zeros([TILE, DIM], gl.float32, ACCUMULATOR)
+        no_scores = gl.zeros([TILE, TILE], gl.float32, SCORES)
+        slot = number % SLOTS
+        mbarrier.wait(kv_filled.index(0), turn & 1)
+        mbarrier.wait(query_filled.index(slot), (number // SLOTS) & 1)
+        scores = warpgroup_mma(
+            keys.index(0).reshape([TILE, DIM]),
+            queries.index(slot).reshape([TILE, DIM]).permute([1, 0]),
+            no_scores,
+            use_acc=False,
+            is_async=True,
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        for member in range(0, group_size):
+            record = of_part + member * COLUMN_RECORD
+            member_first = gl.load(record + 17)
+            num_masked = gl.maximum(gl.load(record + 14) - member_first, 0)
+            num_steps = gl.load(record + 18) - member_first
+            masked_end = number + gl.minimum(num_masked, num_steps)
+            member_end = number + num_steps
+            for step in range(number, masked_end):
+                scores, key_sum, value_sum = take_key_step(
+                    scores, key_sum, value_sum, step, last, score_scale,
+                    keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+                    query_filled, query_free, grad_out_filled, grad_out_free,
+                    True, DIM, SLOTS,
+                )  # fmt: skip
+            for step in range(masked_end, member_end):
+                scores, key_sum, value_sum = take_key_step(
+                    scores, key_sum, value_sum, step, last, score_scale,
+                    keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+                    query_filled, query_free, grad_out_filled, grad_out_free,
+                    False, DIM, SLOTS,
+                )  # fmt: skip
+            number = member_end
+
+        slot_of_part = gl.load(of_part + 19)
+        if slot_of_part >= 0:
+            place_of_part = parts + slot_of_part.to(gl.int64) * (2 * TILE * DIM)
+            store_part(place_of_part, key_sum, DIM)
+            store_part(place_of_part + TILE * DIM, value_sum, DIM)
+        else:
+            batch = gl.load(of_part)
+            kv_head = gl.load(of_part + 1) // group_size
+            row = gl.load(of_part + 2)
+            kv_begin = gl.load(of_part + 3)
+            kv_end = gl.load(of_part + 4)
+            store_rows(
+                grad_value_desc, grad_value,
+                grad_value_strides[0], grad_value_strides[1], grad_value_strides[2],
+                value_sum.to(DTYPE), values.index(0), batch, kv_head, row, kv_begin, kv_end,
+                key_rows, HEAD_DIM, DIM,
+            )  # fmt: skip
+            store_rows(
+                grad_key_desc, grad_key,
+                grad_key_strides[0], grad_key_strides[1], grad_key_strides[2],
+                (key_sum * scale).to(DTYPE), keys.index(0), batch, kv_head, row, kv_begin, kv_end,
+                key_rows, HEAD_DIM, DIM,
+            )  # fmt: skip
+        tma.store_wait(0)
+        mbarrier.arrive(kv_free)
+        turn += 1
+
+
+# One kernel for all lengths and numbers of heads, also where they are 1 or multiples of 16.
+@gluon.jit(
+    do_not_specialize=[
+        "grad_key_strides",
+        "grad_value_strides",
+        "num_heads",
+        "group_size",
+        "query_rows",
+        "key_rows",
+    ]
+)
+def key_pass_kernel(
+    query_desc,
+    key_desc,
+    value_desc,
+    grad_out_desc,
+    grad_key_desc,
+    grad_value_desc,
+    grad_key,
+    grad_key_strides,
+    grad_value,
+    grad_value_strides,
+    parts,
+    log2_sums,
+    deltas,
+    records,
+    offsets,
+    indices,
+    mask_ids,
+    bank,
+    scale,
+    score_scale,
+    num_heads,
+    group_size,
+    query_rows,
+    key_rows,
+    HEAD_DIM: gl.constexpr,
+    DIM: gl.constexpr,
+    SLOTS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """Grid: (programs of the schedule,). Writes the rows of dK and dV that the tiles' sequences own, and the sums of divided tiles.
+
+    `*_desc`: tensor descriptors of [batch, heads, rows, HEAD_DIM], in blocks of 64 rows and DIM columns; `grad_key`, `grad_value`,
+    `*_strides`: the same outputs by pointer; `parts`: float32 [slots, 2 (dK / scale, dV), 64, DIM]; `log2_sums`, `deltas`:
+    [batch, heads, rows]; `records`, `offsets`: `work.PartSchedule`; `indices`, `mask_ids`: of the index's transpose; `bank`:
+    `work.transposed_bank`; `query_rows`, `key_rows`: of the tensors.
+    """
+    DTYPE: gl.constexpr = query_desc.dtype
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN_ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    keys = gl.allocate_shared_memory(DTYPE, [1, 1, 1, TILE, DIM], key_desc.layout)
+    values = gl.allocate_shared_memory(DTYPE, [1, 1, 1, TILE, DIM], value_desc.layout)
+    queries = gl.allocate_shared_memory(DTYPE, [SLOTS, 1, 1, TILE, DIM], query_desc.layout)
+    grad_outs = gl.allocate_shared_memory(DTYPE, [SLOTS, 1, 1, TILE, DIM], grad_out_desc.layout)
+    sums_of_rows = gl.allocate_shared_memory(gl.float32, [SLOTS, TILE], PLAIN)
+    deltas_of_rows = gl.allocate_shared_memory(gl.float32, [SLOTS, TILE], PLAIN)
+    masks = gl.allocate_shared_memory(gl.int32, [SLOTS, TILE, WORDS], PLAIN_ROWS)
+    kv_filled = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    kv_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    query_filled = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], BARRIER)
+    query_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    grad_out_filled = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], BARRIER)
+    grad_out_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    mbarrier.init(kv_filled.index(0), count=1)
+    mbarrier.init(kv_filled.index(1), count=1)
+    mbarrier.init(kv_free, count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(query_filled.index(slot), count=2)
+        mbarrier.init(query_free.index(slot), count=1)
+        mbarrier.init(grad_out_filled.index(slot), count=2)
+        mbarrier.init(grad_out_free.index(slot), count=1)
+    mbarrier.init(query_filled.index(SLOTS), count=1)
+    mbarrier.init(grad_out_filled.index(SLOTS), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (key_pass_consumer, (
+                grad_key_desc, grad_key, grad_key_strides,
+                grad_value_desc, grad_value, grad_value_strides,
+                parts, records, offsets, scale, score_scale, group_size, key_rows,
+                keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+                kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
+                HEAD_DIM, DIM, SLOTS,
+            )),
+            (key_pass_producer, (
+                query_desc, key_desc, value_desc, grad_out_desc, log2_sums, deltas,
+                records, offsets, indices, mask_ids, bank,
+                num_heads, group_size, query_rows, key_rows,
+                keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
+                kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
+                DIM, SLOTS,
+            )),
+        ],
+        [1],
+        [PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@triton.jit
+def add_parts_kernel(
+    parts, divided, grad_key, grad_value, scale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    """Grid: (divided tiles, 2). Adds the parts of a tile in their order; dK by the programs of number 0, dV by the others.
+
+    `divided`: `work.PartSchedule`; `grad_key`, `grad_value`: StridedRows.
+    """
+    record = divided + tl.program_id(0) * 7
+    num_parts = tl.load(record + 6)
+    if num_parts == 0:
+        return
+    rows = tl.arange(0, 64)
+    dims = tl.arange(0, DIM)
+    place = rows[:, None] * DIM + dims[None, :]
+    first = tl.load(record + 5).to(tl.int64) * 2 + tl.program_id(1)
+    total = tl.zeros([64, DIM], tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + (first + 2 * part) * (64 * DIM) + place)
+    batch = tl.load(record)
+    kv_head = tl.load(record + 1)
+    rows += tl.load(record + 2)
+    is_own = (rows >= tl.load(record + 3)) & (rows < tl.load(record + 4))
+    kept = is_own[:, None] & (dims < HEAD_DIM)[None, :]
+    if tl.program_id(1) == 0:
+        pointers = row_pointers(grad_key, batch, kv_head)
+        pointers += rows.to(tl.int64)[:, None] * grad_key.strides[2] + dims[None, :]
+        tl.store(pointers, (total * scale).to(grad_key.pointer.dtype.element_ty), mask=kept)
+    else:
+        pointers = row_pointers(grad_value, batch, kv_head)
+        pointers += rows.to(tl.int64)[:, None] * grad_value.strides[2] + dims[None, :]
+        tl.store(pointers, total.to(grad_value.pointer.dtype.element_ty), mask=kept)
+
+
+@gluon.jit
+def load_rows(
+    desc, batch, head, row, begin, end, num_rows, number, num_cut, ring, filled, free,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Has the TMA fill a slot of the ring, rows outside `[begin, end)` cleared; returns how many slots had to be so far."""
+    slot = number % STAGES
+    is_cut = straddles(row, num_rows, begin, end, TILE)
+    mbarrier.wait(free.index(slot), ((number // STAGES) & 1) ^ 1)
+    target = filled.index(gl.where(is_cut, STAGES, slot))
+    mbarrier.expect(target, TILE * DIM * 2)
+    tma_load(desc, [batch, head, row, 0], target, ring.index(slot))
+    if is_cut:
+        mbarrier.wait(filled.index(STAGES), num_cut & 1)
+        clear_foreign_rows(ring, slot, row, begin, end, TILE, DIM)
+        fence_async_shared()
+        mbarrier.arrive(filled.index(slot))
+        num_cut += 1
+    return num_cut
+
+
+@gluon.jit
+def query_pass_producer(
+    query_desc, key_desc, value_desc, grad_out_desc, records, offsets, indices, group_size,
+    key_rows, queries, grad_outs, ring,
+    query_filled, query_free, grad_out_filled, grad_out_free, filled, free,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    number = 0
+    turn = 0
+    num_cut = 0
+    tile_begin = gl.load(offsets + gl.program_id(0))
+    tile_end = gl.load(offsets + gl.program_id(0) + 1)
+    for place in range(tile_begin, tile_end):
+        record = records + place * RECORD
+        batch = gl.load(record)
+        head = gl.load(record + 1)
+        query_row = gl.load(record + 2)
+        key_shift = gl.load(record + 5)
+        kv_begin = gl.load(record + 6)
+        kv_end = gl.load(record + 7)
+        next_tile = gl.load(record + 11)
+        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        kv_head = head // group_size
+        where = [batch, head, query_row, 0]
+        mbarrier.wait(query_free, (turn & 1) ^ 1)
+        mbarrier.expect(query_filled, TILE * DIM * 2)
+        tma_load(query_desc, where, query_filled, queries.index(0))
+        for walked in range(0, num_tiles):
+            row = next_tile * TILE + key_shift
+            # The next tile's number is on its way while this one's slots are waited for.
+            entry = entry_of(
+                gl.minimum(walked + 1, num_tiles - 1),
+                partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+            )  # fmt: skip
+            next_tile = gl.load(indices + entry)
+            num_cut = load_rows(
+                key_desc, batch, kv_head, row, kv_begin, kv_end, key_rows, number, num_cut,
+                ring, filled, free, DIM, STAGES,
+            )  # fmt: skip
+            if walked == 0:
+                mbarrier.wait(grad_out_free, (turn & 1) ^ 1)
+                mbarrier.expect(grad_out_filled, TILE * DIM * 2)
+                tma_load(grad_out_desc, where, grad_out_filled, grad_outs.index(0))
+            num_cut = load_rows(
+                value_desc, batch, kv_head, row, kv_begin, kv_end, key_rows, number + 1, num_cut,
+                ring, filled, free, DIM, STAGES,
+            )  # fmt: skip
+            number += 2
+        turn += 1
+
+
+@gluon.jit
+def take_query_step(
+    scores, grad_query, query, grad_out, log2_sum, delta, number, step, num_tiles,
+    partial_first, num_partial, full_first, full_start, num_edges,
+    indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale, ring, filled, free,
+    MASKED: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Step `step` of the query tile, whose scores are there and whose K is in slot `number` of the ring; returns those of the next one."""
+    DTYPE: gl.constexpr = ring.dtype
+    SCORES: gl.constexpr = scores.type.layout
+    OPERAND: gl.constexpr = gl.DotOperandLayout(
+        operand_index=0, parent=grad_query.type.layout, k_width=2
+    )
+    no_scores = gl.zeros([TILE, TILE], gl.float32, SCORES)
+    key_slot = number % STAGES
+    value_slot = (number + 1) % STAGES
+    mbarrier.wait(filled.index(value_slot), ((number + 1) // STAGES) & 1)
+    grad_probabilities = warpgroup_mma(
+        grad_out,
+        ring.index(value_slot).reshape([TILE, DIM]).permute([1, 0]),
+        no_scores,
+        use_acc=False,
+        is_async=True,
+    )
+    if MASKED:
+        entry = entry_of(
+            step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+        )
+        key_row = gl.load(indices + entry) * TILE + key_shift
+        mask = load_mask(
+            bank, gl.load(mask_ids + entry), 0, kv_begin - key_row, kv_end - key_row, scores, TILE
+        )
+        scores = apply_mask(scores, mask)
+    probabilities = gl.exp2(scores * score_scale - log2_sum)
+    grad_probabilities = warpgroup_mma_wait(0, deps=[grad_probabilities])
+    mbarrier.arrive(free.index(value_slot))
+    grads = (probabilities * (grad_probabilities - delta)).to(DTYPE)
+    weights = gl.convert_layout(grads, OPERAND)
+    grad_query = warpgroup_mma(
+        weights, ring.index(key_slot).reshape([TILE, DIM]), grad_query, is_async=True
+    )
+    # The last step repeats its own scores, which nobody reads.
+    has_next = step + 1 < num_tiles
+    next_slot = gl.where(has_next, (number + 2) % STAGES, key_slot)
+    mbarrier.wait(filled.index(next_slot), ((number + 2) // STAGES) & 1, pred=has_next)
+    next_scores = warpgroup_mma(
+        query,
+        ring.index(next_slot).reshape([TILE, DIM]).permute([1, 0]),
+        no_scores,
+        use_acc=False,
+        is_async=True,
+    )
+    grad_query = warpgroup_mma_wait(1, deps=[grad_query])
+    mbarrier.arrive(free.index(key_slot))
+    scores = warpgroup_mma_wait(0, deps=[next_scores])
+    return scores, grad_query
+
+
+@gluon.jit
+def query_pass_consumer(
+    grad_query_desc, grad_query, grad_query_strides, log2_sums, deltas,
+    records, offsets, indices, mask_ids, bank, scale, score_scale, num_heads, query_rows,
+    queries, grad_outs, ring,
+    query_filled, query_free, grad_out_filled, grad_out_free, filled, free,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, IN_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = ring.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
+    )
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16]
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SCORES, k_width=2)
+    number = 0
+    turn = 0
+    tile_begin = gl.load(offsets + gl.program_id(0))
+    tile_end = gl.load(offsets + gl.program_id(0) + 1)
+    for place in range(tile_begin, tile_end):
+        record = records + place * RECORD
+        batch = gl.load(record)
+        head = gl.load(record + 1)
+        row = gl.load(record + 2)
+        q_begin = gl.load(record + 3)
+        q_end = gl.load(record + 4)
+        key_shift = gl.load(record + 5)
+        kv_begin = gl.load(record + 6)
+        kv_end = gl.load(record + 7)
+        num_masked = gl.load(record + 13)
+        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        rows = row + gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
+        is_own = (rows >= q_begin) & (rows < q_end)
+        terms = (batch * num_heads + head).to(gl.int64) * query_rows
+        # Rows of nobody get p = 2^(s - inf) = 0.
+        log2_sum = gl.load(log2_sums + terms + rows, mask=is_own, other=float("inf"))
+        delta = gl.load(deltas + terms + rows, mask=is_own, other=0.0)
+        log2_sum = gl.expand_dims(log2_sum, 1)
+        delta = gl.expand_dims(delta, 1)
+        query_sum = gl.zeros([TILE, DIM], gl.float32, ACCUMULATOR)
+        no_scores = gl.zeros([TILE, TILE], gl.float32, SCORES)
+        query = queries.index(0).reshape([TILE, DIM])
+        grad_out = grad_outs.index(0).reshape([TILE, DIM])
+        slot = number % STAGES
+        mbarrier.wait(query_filled, turn & 1)
+        if IN_REGISTERS:
+            query = query.load(OPERAND)
+        mbarrier.wait(filled.index(slot), (number // STAGES) & 1)
+        scores = warpgroup_mma(
+            query,
+            ring.index(slot).reshape([TILE, DIM]).permute([1, 0]),
+            no_scores,
+            use_acc=False,
+            is_async=True,
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.wait(grad_out_filled, turn & 1)
+        if IN_REGISTERS:
+            grad_out = grad_out.load(OPERAND)
+        for step in range(0, num_masked):
+            scores, query_sum = take_query_step(
+                scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
+                partial_first, num_partial, full_first, full_start, num_edges,
+                indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
+                ring, filled, free, True, DIM, STAGES,
+            )  # fmt: skip
+            number += 2
+        for step in range(num_masked, num_tiles):
+            scores, query_sum = take_query_step(
+                scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
+                partial_first, num_partial, full_first, full_start, num_edges,
+                indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
+                ring, filled, free, False, DIM, STAGES,
+            )  # fmt: skip
+            number += 2
+        mbarrier.arrive(query_free)
+        store_rows(
+            grad_query_desc, grad_query,
+            grad_query_strides[0], grad_query_strides[1], grad_query_strides[2],
+            (query_sum * scale).to(DTYPE), grad_outs.index(0),
+            batch, head, row, q_begin, q_end, query_rows, HEAD_DIM, DIM,
+        )  # fmt: skip
+        tma.store_wait(0)
+        mbarrier.arrive(grad_out_free)
+        turn += 1
+
+
+# One kernel for all lengths and numbers of heads, also where they are 1 or multiples of 16.
+@gluon.jit(
+    do_not_specialize=["grad_query_strides", "num_heads", "group_size", "query_rows", "key_rows"]
+)
+def query_pass_kernel(
+    query_desc,
+    key_desc,
+    value_desc,
+    grad_out_desc,
+    grad_query_desc,
+    grad_query,
+    grad_query_strides,
+    log2_sums,
+    deltas,
+    records,
+    offsets,
+    indices,
+    mask_ids,
+    bank,
+    scale,
+    score_scale,
+    num_heads,
+    group_size,
+    query_rows,
+    key_rows,
+    HEAD_DIM: gl.constexpr,
+    DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    """Grid: (programs of the schedule,). Writes the rows of dQ that the tiles' sequences own.
+
+    Arguments as of `key_pass_kernel`, but `records` and `offsets` are those of `work.Schedule` and `indices`, `mask_ids` and `bank` of the
+    index itself.
+    """
+    DTYPE: gl.constexpr = query_desc.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(DTYPE, [1, 1, 1, TILE, DIM], query_desc.layout)
+    grad_outs = gl.allocate_shared_memory(DTYPE, [1, 1, 1, TILE, DIM], grad_out_desc.layout)
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, TILE, DIM], key_desc.layout)
+    query_filled = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    query_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    grad_out_filled = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    grad_out_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(query_filled, count=1)
+    mbarrier.init(query_free, count=1)
+    mbarrier.init(grad_out_filled, count=1)
+    mbarrier.init(grad_out_free, count=1)
+    for slot in gl.static_range(STAGES + 1):
+        mbarrier.init(filled.index(slot), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(free.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (query_pass_consumer, (
+                grad_query_desc, grad_query, grad_query_strides, log2_sums, deltas,
+                records, offsets, indices, mask_ids, bank,
+                scale, score_scale, num_heads, query_rows,
+                queries, grad_outs, ring,
+                query_filled, query_free, grad_out_filled, grad_out_free, filled, free,
+                HEAD_DIM, DIM, STAGES, IN_REGISTERS,
+            )),
+            (query_pass_producer, (
+                query_desc, key_desc, value_desc, grad_out_desc,
+                records, offsets, indices, group_size, key_rows, queries, grad_outs, ring,
+                query_filled, query_free, grad_out_filled, grad_out_free, filled, free,
+                DIM, STAGES,
+            )),
+        ],
+        [1],
+        [PRODUCER_REGISTERS],
+    )  # fmt: skip
