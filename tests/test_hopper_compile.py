@@ -10,6 +10,8 @@ import pytest
 
 from hf_blocksparse.ops.triton.tile_sizes import SHARED_MEMORY_BYTES
 
+SHARING = ("small_forward", "key_pass", "query_pass")  # two programs of them on a multiprocessor
+RESERVED_BYTES = 1024  # of shared memory, by each program
 SCRIPT = Path(__file__).with_name("compile_hopper_kernels.py")
 
 
@@ -28,7 +30,7 @@ def records(tmp_path_factory):
 
 
 def test_every_variant_compiles(records):
-    for kernel in ("forward", "backward"):
+    for kernel in ("forward", "backward", *SHARING):
         variants = {(r["head_dim"], r["dtype"]) for r in records if r["kernel"] == kernel}
         assert {head_dim for head_dim, _ in variants} == {64, 96, 128}
         assert {dtype for _, dtype in variants} == {"torch.bfloat16", "torch.float16"}
@@ -37,6 +39,9 @@ def test_every_variant_compiles(records):
 def test_a_program_fits_into_shared_memory(records):
     for record in records:
         assert record["shared"] <= SHARED_MEMORY_BYTES["sm_90"], record
+        if record["kernel"] in SHARING:
+            of_two = 2 * (record["shared"] + RESERVED_BYTES)
+            assert of_two <= SHARED_MEMORY_BYTES["sm_90"] + RESERVED_BYTES, record
 
 
 def test_products_run_asynchronously(records):

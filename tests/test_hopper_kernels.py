@@ -76,15 +76,15 @@ class Case:
             covers_keys=False,
         )
 
-    def index(self, sequences: Sequences) -> BlockIndex:
+    def index(self, sequences: Sequences, tile: int = hopper.TILE) -> BlockIndex:
         return get_index(
             self.layout,
             sequences,
             is_causal=self.is_causal,
             attn_mask=None,
             num_heads=self.heads,
-            tile_q=hopper.TILE,
-            tile_kv=hopper.TILE,
+            tile_q=tile,
+            tile_kv=tile,
             device=sequences.table.device,
         )
 
@@ -188,13 +188,13 @@ WALKED = (
 )
 
 
-def problem_of(case: Case, device: str) -> Problem:
+def problem_of(case: Case, device: str, tile: int = hopper.TILE) -> Problem:
     sequences = case.sequences(device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return Problem(lambda *_: case.index(sequences), sequences, case.layout.grain, scale)
+    return Problem(lambda *_: case.index(sequences, tile), sequences, case.layout.grain, scale)
 
 
-def check(case: Case) -> None:
+def check(case: Case, tile: int = hopper.TILE) -> None:
     """Rows that belong to no sequence hold NaN, which must not show anywhere."""
     query, key, value = make_qkv(
         case.batch,
@@ -212,7 +212,7 @@ def check(case: Case) -> None:
     options = dict(scale=case.scale)
     exact = dense_attention(query.double(), key.double(), value.double(), mask, **options)
     other = torch_attention(query, key, value, mask, **options)
-    problem = problem_of(case, "cuda")
+    problem = problem_of(case, "cuda", tile)
     hide_foreign_rows(case, problem, [query], [key, value])
     assert hopper.unsupported_forward(query, key, value, None, problem) == ()
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
@@ -250,7 +250,7 @@ def test_forward_matches_dense_attention_in_float16(name):
     check(replace(CASES[name], dtype=torch.float16))
 
 
-def check_backward(case: Case, has_grad_lse: bool = True) -> None:
+def check_backward(case: Case, has_grad_lse: bool = True, tile: int = hopper.TILE) -> None:
     """As `check`; output and LSE are the exact ones, rounded, so that no other kernel takes part."""
     query, key, value = make_qkv(
         case.batch,
@@ -280,7 +280,7 @@ def check_backward(case: Case, has_grad_lse: bool = True) -> None:
     other = inputs.results(attend_by(dense_attention if has_grad_lse else torch_attention))
     out = torch.empty_like(query).copy_(exact.out)
     lse = exact.lse.float()
-    problem = problem_of(case, "cuda")
+    problem = problem_of(case, "cuda", tile)
     of_queries = [query, grad_out] if grad_lse is None else [query, grad_out, grad_lse]
     hide_foreign_rows(case, problem, of_queries, [key, value])
     assert hopper.unsupported_backward(query, key, value, None, problem) == ()
@@ -349,19 +349,6 @@ def test_backward_takes_any_gradient_and_gives_what_is_needed():
     assert all(grad.count_nonzero() == 0 for grad in grads(None))
     assert grads(None, (False, True, False))[0] is grads(None, (False, True, False))[2] is None
     assert grads(None, (False, False, False)) == (None, None, None)
-
-
-@on_hopper
-def test_backward_is_refused_where_it_must_be_reproducible():
-    query = torch.zeros(1, 1, 8, 64, device="cuda", dtype=torch.float16)
-    problem = problem_of(CASES["one token"], "cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        reasons = hopper.unsupported_backward(query, query, query, None, problem)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "deterministic" in "; ".join(reasons)
-    assert hopper.unsupported_backward(query, query, query, None, problem) == ()
 
 
 def random_case(seed: int) -> Case:
@@ -445,49 +432,6 @@ def test_every_reason_against_the_forward_kernel_is_given():
     assert "query has strides" in reasons and "value has strides" not in reasons
 
 
-@pytest.mark.parametrize(
-    ("layout", "tile"),
-    [
-        (random_blocks(4, 2048, 128, 0.25, 0), 128),
-        (random_blocks(4, 2048, 64, 0.25, 0), 64),
-        (random_blocks(4, 2048, 32, 0.1, 0), 32),
-        (random_blocks(4, 2048, 16, 0.1, 0), 16),
-        (BigBird(64), 64),
-        (BigBird(64, window_blocks=17, global_blocks=0, random_blocks=0), 128),
-        (BigBird(16, window_blocks=65, global_blocks=0, random_blocks=0), 128),
-    ],
-    ids=[
-        "random 128",
-        "random 64",
-        "random 32",
-        "random 16",
-        "bigbird 64",
-        "window 64",
-        "window 16",
-    ],
-)
-def test_small_blocks_are_taken_where_they_fill_tiles(layout, tile):
-    where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
-
-    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
-        return get_index(
-            layout,
-            where,
-            is_causal=True,
-            attn_mask=None,
-            num_heads=4,
-            tile_q=tile_q,
-            tile_kv=tile_kv,
-            device=where.table.device,
-            strips=strips,
-        )
-
-    index = hopper._index_of(Problem(index_for, where, layout.grain, 1.0))
-    assert (index.tile_q, index.tile_kv) == (max(64, tile), tile)
-    if tile < 128:
-        assert index is index_for(64, tile), "the portable kernels would hold another one"
-
-
 def test_other_devices_are_refused():
     query = torch.zeros(1, 1, 8, 64)
     problem = problem_of(CASES["one token"], "cpu")
@@ -496,13 +440,12 @@ def test_other_devices_are_refused():
         assert reasons == ("the device is not of compute capability 9.0",)
 
 
-def walk(case: Case, num_multiprocessors: int) -> torch.Tensor:
+def walk(case: Case, num_multiprocessors: int, tile: int = hopper.TILE) -> torch.Tensor:
     """The mask that the lists of the work records add up to; every query row must be there once and every step valid."""
     from hf_blocksparse.ops.hopper.work import make_schedule
 
-    tile = hopper.TILE
     sequences = case.sequences("cpu")
-    index = case.index(sequences)
+    index = case.index(sequences, tile)
     schedule = make_schedule(index, sequences, case.heads, num_multiprocessors)
     assert schedule.num_programs <= num_multiprocessors
     bits, indices, mask_ids = index.bank_bits(), index.kv_indices, index.kv_mask_ids

@@ -487,9 +487,7 @@ def _run_two_passes(
         )
         if needed[1] or needed[2]:
             parts = part_schedule_for(index, sequences, heads, kv_heads)
-            sums = query.new_empty(
-                parts.num_slots, 2, SMALL_TILE, dim, dtype=torch.float32
-            )
+            sums = query.new_empty(parts.num_slots, 2, SMALL_TILE, dim, dtype=torch.float32)
             key_strides, value_strides = grad_key.stride()[:3], grad_value.stride()[:3]
             launch(
                 key_pass_kernel,

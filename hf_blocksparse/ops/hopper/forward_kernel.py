@@ -288,7 +288,13 @@ def consumer(
             )
             pair_barrier_arrive(OTHERS_TURN)
             mask = load_mask(
-                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores, TILE
+                bank,
+                mask_id,
+                CONSUMER * HALF,
+                kv_begin - key_row,
+                kv_end - key_row,
+                no_scores,
+                TILE,
             )
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(key_free.index(slot))

@@ -29,9 +29,7 @@ def side_by_side(first, second, scores):
 
 
 @gluon.jit
-def load_mask(
-    bank, mask_id, query_in_tile, key_begin, key_end, scores, TILE_SIZE: gl.constexpr
-):
+def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores, TILE_SIZE: gl.constexpr):
     """Words of bits [rows, words, 4]: of 32 keys each, moved down to the first column of each of the 4 threads that share a row.
 
     `scores`: of tiles whose masks in `bank` are of `TILE_SIZE x TILE_SIZE`, one or several next to each other; `mask_id`: -1 for all bits.

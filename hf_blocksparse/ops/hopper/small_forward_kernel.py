@@ -360,9 +360,7 @@ def consumer(
 
 
 # One kernel for all lengths and numbers of heads, also where they are 1 or multiples of 16.
-@gluon.jit(
-    do_not_specialize=["out_strides", "num_heads", "group_size", "query_rows", "key_rows"]
-)
+@gluon.jit(do_not_specialize=["out_strides", "num_heads", "group_size", "query_rows", "key_rows"])
 def small_forward_kernel(
     query_desc,
     key_desc,
@@ -395,9 +393,7 @@ def small_forward_kernel(
     """
     DTYPE: gl.constexpr = query_desc.dtype
     queries = gl.allocate_shared_memory(DTYPE, [1, 1, 1, TILE, DIM], query_desc.layout)
-    ring = gl.allocate_shared_memory(
-        DTYPE, [STAGES, PAIR, DIM], gl.NVMMASharedLayout(128, 16, 2)
-    )
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, PAIR, DIM], gl.NVMMASharedLayout(128, 16, 2))
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     query_filled = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     query_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)

@@ -43,8 +43,8 @@ sequence's key rows, what to add to a query's position for its row, begin and en
 sums of dQ, first partial entry, number of them, first full entry that needs no mask, whether the full entry before those needs one, number
 of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together.
 
-In a `PartSchedule` the last is that of the part alone, and there are three more: the first query tile of the part and the one after its last,
-counted in the head's list, and the slot that its sums go to (-1: it is the whole of its key tile)."""
+In a `PartSchedule` the last is that of the part alone, and there are three more: the first query tile of the part and the one after its
+last, counted in the head's list, and the slot that its sums go to (-1: it is the whole of its key tile)."""
 (
     COLUMN_Q_BEGIN,
     COLUMN_Q_END,
@@ -393,9 +393,7 @@ def make_part_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int, num_programs: int
 ) -> PartSchedule:
     """Lists of key tiles for `num_programs`, those divided that are longer than a program's share; otherwise as `make_schedule`."""
-    records, is_used = _describe_columns(
-        index, sequences, heads, kv_heads, _first_slots(sequences)
-    )
+    records, is_used = _describe_columns(index, sequences, heads, kv_heads, _first_slots(sequences))
     num_tiles = records.shape[0]
     steps = records[:, 0, COLUMN_GROUP_TILES].long()
     longest = torch.clamp(-(-steps.sum() // num_programs), min=SMALLEST_PART)
