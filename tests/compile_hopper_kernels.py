@@ -36,6 +36,8 @@ VARIANTS = (
     ("backward", 64, torch.bfloat16),
     ("backward", 96, torch.float16),
     ("backward", 128, torch.bfloat16),
+    ("backward in parts", 64, torch.bfloat16),
+    ("backward in parts", 128, torch.bfloat16),
 )
 
 
@@ -96,10 +98,10 @@ def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
     )
 
 
-def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
+def compile_backward(head_dim: int, dtype: torch.dtype, in_parts: bool = False) -> Any:
     int_pointer = pointer(torch.int32)
     float_pointer = pointer(torch.float32)
-    constants = hopper.backward_constants(head_dim)
+    constants = hopper.backward_constants(head_dim, in_parts)
     rows = descriptor(constants["STEP"], head_dim, dtype)
     half = descriptor(hopper.TILE // 2, head_dim, dtype)
     sums = MockTensor(torch.float32, [1 << 10, 32])
@@ -116,6 +118,8 @@ def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
         strides,
         pointer(dtype),
         strides,
+        float_pointer,
+        float_pointer,
         float_pointer,
         float_pointer,
         int_pointer,
@@ -180,8 +184,10 @@ def disassemble(cubin: bytes) -> str:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     for kernel, head_dim, dtype in VARIANTS:
-        compile_kernel = compile_forward if kernel == "forward" else compile_backward
-        compiled = compile_kernel(head_dim, dtype)
+        if kernel == "forward":
+            compiled = compile_forward(head_dim, dtype)
+        else:
+            compiled = compile_backward(head_dim, dtype, "parts" in kernel)
         serialized, spilled = ptxas_report(compiled.asm["ptx"])
         record = {
             "kernel": kernel,

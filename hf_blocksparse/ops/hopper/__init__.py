@@ -260,7 +260,7 @@ def backward(
     from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
     from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
 
     if not any(needed[:3]):
@@ -282,14 +282,19 @@ def backward(
         elif _strides_for_tma(_operand(grad_out), grad_out.element_size()) is None:
             grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         dim = _padded(head_dim)
-        constants = backward_constants(head_dim)
         with current_device(query.device):
             schedule = column_schedule_for(index, sequences, heads, kv_heads)
+            split = schedule.split
+            constants = backward_constants(head_dim, split is not None)
             log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
             deltas = torch.empty_like(log2_sums)
             sums = query.new_empty(
                 schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
             )
+            key_parts = value_parts = sums  # not used
+            if split is not None:
+                rows = split.num_slots, TILE, dim
+                key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
             items = sequences.q_items(TILE)
             grid = (items.shape[0], heads, 1)
             log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
@@ -333,6 +338,8 @@ def backward(
                     grad_key.stride()[:3],
                     grad_value,
                     grad_value.stride()[:3],
+                    key_parts,
+                    value_parts,
                     log2_sums,
                     deltas,
                     schedule.records,
@@ -351,6 +358,8 @@ def backward(
                 dict(num_warps=4),
                 (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
             )
+            if split is not None:
+                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
             launch(
                 store_kernel,
                 grid,
@@ -387,13 +396,14 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
 
 
 @cache
-def backward_constants(head_dim: int) -> dict[str, Any]:
-    """What the backward kernel is compiled for besides the types of its arguments."""
+def backward_constants(head_dim: int, in_parts: bool) -> dict[str, Any]:
+    """What the backward kernel is compiled for besides the types of its arguments; `in_parts`: whether key tiles are split."""
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
         STEP=128 if is_small else 64,  # query rows of a step
+        IN_PARTS=in_parts,
         CONSUMER_REGISTERS=240,
         OTHERS_REGISTERS=24,
     )

@@ -2,7 +2,8 @@
 
 Tiles of one head follow each other, so that what they read stays in the L2 cache; inside a head the long ones come first. Tiles that take
 a good part of a multiprocessor's share go before all others, whatever their head: one of them at the end would keep everybody waiting.
-Nothing is read back to the host.
+Key tiles much longer than a share are walked in parts (`ops/triton/column_parts.py`), each by a multiprocessor of its own; of rows
+nothing is read back to the host, of columns whether any is as long as that.
 
 Each tile goes to the multiprocessor with the least work so far. On an NVIDIA H200 lists of key tiles were as fast as a program for each
 of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 times (64) as fast.
@@ -11,8 +12,7 @@ of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blocksparse.capture import check_not_capturing
+from hf_blocksparse.ops.triton.column_parts import (
+    Parts,
+    Schedules,
+    SplitColumns,
+    count_parts,
+    cut,
+    split_columns,
+)
+from hf_blocksparse.ops.triton.column_parts import known as _known
+from hf_blocksparse.ops.triton.column_parts import multiprocessors as _multiprocessors
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
 from hf_blocksparse.sequences import Q_LEN, Q_POS
@@ -41,17 +51,26 @@ COLUMN_RECORD = 20
 """Integers per key tile and query head that reads it: batch, query head, tensor row of the tile's first key, begin and end of the
 sequence's key rows, what to add to a query's position for its row, begin and end of the sequence's query rows, slot of query tile 0 in the
 sums of dQ, first partial entry, number of them, first full entry that needs no mask, whether the full entry before those needs one, number
-of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together."""
+of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together, the full
+entry at the sequence's end, slot for the sums of dK and dV (-1: they are all of them)."""
 (
+    COLUMN_KV_ROW,
+    COLUMN_KV_BEGIN,
+    COLUMN_KV_END,
     COLUMN_Q_BEGIN,
     COLUMN_Q_END,
     COLUMN_FIRST_SLOT,
     COLUMN_PARTIAL,
     COLUMN_NUM_PARTIAL,
+    COLUMN_FULL,
+    COLUMN_FULL_START,
+    COLUMN_NUM_EDGES,
     COLUMN_NUM_MASKED,
     COLUMN_TILES,
     COLUMN_GROUP_TILES,
-) = 6, 7, 8, 9, 10, 14, 15, 16
+    COLUMN_LAST_EDGE,
+    COLUMN_SLOT,
+) = 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18
 
 # Tiles are dealt out to one multiprocessor in so many at a time, so that one with a long tile is left in peace meanwhile.
 DEALT_TO = 4
@@ -75,14 +94,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ColumnSchedule:
-    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles from `offsets[i]`
-    to `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
+    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles, or parts of them,
+    from `offsets[i]` to `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
+    `split`: the tiles in parts, None where there are none.
     """
 
     records: Tensor
     offsets: Tensor
     first_slots: Tensor
     num_slots: int
+    split: SplitColumns | None
 
     @property
     def num_programs(self) -> int:
@@ -193,6 +214,8 @@ def describe_columns_kernel(
     tl.store(record + 13, num_edges)
     tl.store(record + 14, tl.where(is_cut, num_tiles, num_partial + num_edges))
     tl.store(record + 15, num_tiles)
+    tl.store(record + 17, full_last)
+    tl.store(record + 18, -1)
 
 
 @triton.jit
@@ -225,14 +248,9 @@ def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.c
         loads += cost * NUM_SLOTS
 
 
-_Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]
-_schedules: _Schedules = WeakKeyDictionary()
-_column_schedules: _Schedules = WeakKeyDictionary()
+_schedules: Schedules = WeakKeyDictionary()
+_column_schedules: Schedules = WeakKeyDictionary()
 _transposed_banks: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
-
-
-def _known(schedules: _Schedules, index: BlockIndex, sequences: Sequences) -> dict[Any, Any]:
-    return schedules.setdefault(index, WeakKeyDictionary()).setdefault(sequences, {})
 
 
 def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedule:
@@ -253,11 +271,6 @@ def column_schedule_for(
             index, sequences, heads, kv_heads, _multiprocessors(index.bank.device)
         )
     return known[heads, kv_heads]
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _order(
@@ -333,9 +346,17 @@ def make_column_schedule(
     is_used = records[:, 0, COLUMN_TILES] >= 0
     steps = records[:, :, COLUMN_TILES].sum(1)
     _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
-    steps = records[:, :, COLUMN_TILES].sum(1)
-    records[:, :, COLUMN_GROUP_TILES] = steps[:, None]
-    steps = steps.long().clamp(min=0)
+    steps = records[:, :, COLUMN_TILES].sum(1).long().clamp(min=0)
+    split = None
+    num_parts = count_parts(steps, num_multiprocessors)
+    if num_parts is not None:
+        columns = records[:, 0, [0, 1, COLUMN_KV_ROW, COLUMN_KV_BEGIN, COLUMN_KV_END]]
+        columns[:, 1] //= heads // kv_heads
+        split = split_columns(columns, num_parts)
+        parts = cut(steps, num_parts)
+        records, is_used = _in_parts(records, parts), is_used[parts.column]
+        steps = parts.end - parts.begin
+    records[:, :, COLUMN_GROUP_TILES] = steps[:, None].int()
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
     order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
@@ -345,7 +366,38 @@ def make_column_schedule(
         offsets,
         first_slots,
         sequences.q_items(TILE).shape[0],
+        split,
     )
+
+
+def _in_parts(records: Tensor, parts: Parts) -> Tensor:
+    """The records of parts, from those of whole columns."""
+    whole = records[parts.column]
+    records = whole.clone()
+    tiles = whole[:, :, COLUMN_TILES].long().clamp(min=0)
+    first = tiles.cumsum(1) - tiles  # the heads of a group are walked one after the other
+    begin = (parts.begin[:, None] - first).clamp(min=0).minimum(tiles).int()
+    end = (parts.end[:, None] - first).clamp(min=0).minimum(tiles).int()
+    num_partial = whole[:, :, COLUMN_NUM_PARTIAL]
+    num_start = whole[:, :, COLUMN_FULL_START]
+    num_edges = whole[:, :, COLUMN_NUM_EDGES]
+    num_masked = whole[:, :, COLUMN_NUM_MASKED]
+
+    def within(count: Tensor, before: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Of a run of `count` steps after `before` others: how many lie before the part, and how many in it."""
+        skipped = (begin - before).clamp(min=0).minimum(count)
+        return skipped, (end - before).clamp(min=0).minimum(count) - skipped
+
+    skipped, partial_left = within(num_partial, 0)
+    records[:, :, COLUMN_PARTIAL] += skipped
+    records[:, :, COLUMN_NUM_PARTIAL] = partial_left
+    records[:, :, COLUMN_FULL_START] = within(num_start, num_partial)[1]
+    records[:, :, COLUMN_NUM_EDGES] = within(num_edges, num_partial)[1]
+    records[:, :, COLUMN_FULL] += (begin - num_partial - num_edges).clamp(min=0)
+    records[:, :, COLUMN_NUM_MASKED] = within(num_masked, 0)[1]
+    records[:, :, COLUMN_TILES] = end - begin
+    records[:, :, COLUMN_SLOT] = parts.slot[:, None].int()
+    return records
 
 
 def _first_slots(sequences: Sequences) -> Tensor:
