@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ VARIANTS = (
     ("backward", 64, torch.bfloat16),
     ("backward", 96, torch.float16),
     ("backward", 128, torch.bfloat16),
+    ("backward in parts", 64, torch.bfloat16),
+    ("backward in parts", 128, torch.bfloat16),
     *(
         (kernel, head_dim, dtype)
         for kernel in ("small_forward", "key_pass", "query_pass")
@@ -105,10 +108,10 @@ def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
     )
 
 
-def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
+def compile_backward(head_dim: int, dtype: torch.dtype, in_parts: bool = False) -> Any:
     int_pointer = pointer(torch.int32)
     float_pointer = pointer(torch.float32)
-    constants = hopper.backward_constants(head_dim)
+    constants = hopper.backward_constants(head_dim, in_parts)
     rows = descriptor(constants["STEP"], head_dim, dtype)
     half = descriptor(hopper.TILE // 2, head_dim, dtype)
     sums = MockTensor(torch.float32, [1 << 10, 32])
@@ -125,6 +128,8 @@ def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
         strides,
         pointer(dtype),
         strides,
+        float_pointer,
+        float_pointer,
         float_pointer,
         float_pointer,
         int_pointer,
@@ -183,7 +188,7 @@ def compile_key_pass(head_dim: int, dtype: torch.dtype) -> Any:
         strides_of(head_dim),
         pointer(dtype),
         strides_of(head_dim),
-        *(float_pointer,) * 3,
+        *(float_pointer,) * 4,
         *(int_pointer,) * 5,
         0.1,
         0.1,
@@ -222,7 +227,8 @@ def compile_query_pass(head_dim: int, dtype: torch.dtype) -> Any:
 
 COMPILERS = {
     "forward": compile_forward,
-    "backward": compile_backward,
+    "backward": partial(compile_backward, in_parts=False),
+    "backward in parts": partial(compile_backward, in_parts=True),
     "small_forward": compile_small_forward,
     "key_pass": compile_key_pass,
     "query_pass": compile_query_pass,

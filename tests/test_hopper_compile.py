@@ -34,6 +34,7 @@ def test_every_variant_compiles(records):
         variants = {(r["head_dim"], r["dtype"]) for r in records if r["kernel"] == kernel}
         assert {head_dim for head_dim, _ in variants} == {64, 96, 128}
         assert {dtype for _, dtype in variants} == {"torch.bfloat16", "torch.float16"}
+    assert {r["head_dim"] for r in records if "parts" in r["kernel"]} == {64, 128}
 
 
 def test_a_program_fits_into_shared_memory(records):
@@ -57,6 +58,6 @@ def test_loops_of_full_tiles_hardly_spill_registers(records):
     """
     for record in records:
         allowed = 0
-        if record["kernel"] == "backward":
+        if record["kernel"] != "forward":
             allowed = 2 if record["head_dim"] > 64 else 40
         assert all(spills <= allowed for spills in record["spills_in_full_loops"]), record

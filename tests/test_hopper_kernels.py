@@ -23,6 +23,7 @@ from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingW
 from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.triton import column_parts
 from hf_blocksparse.sequences import Sequences
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -522,15 +523,19 @@ def test_work_is_balanced():
     assert loads.max() <= 1.1 * loads.mean(), loads
 
 
-def walk_columns(case: Case) -> torch.Tensor:
-    """The mask that the backward kernel's work records add up to; every key row must be there once and every step valid."""
+def walk_columns(case: Case, num_multiprocessors: int = 5, tile: int = hopper.TILE) -> torch.Tensor:
+    """The mask that the backward kernel's work records add up to; every key row must be there once and every step valid.
+
+    Of key tiles in parts, the parts must lie in slots of their own, in the order in which they are added up.
+    """
     from hf_blocksparse.ops.hopper.work import make_column_schedule, transposed_bank
 
-    tile = hopper.TILE
     group = case.heads // case.kv_heads
     sequences = case.sequences("cpu")
-    index = case.index(sequences)
-    schedule = make_column_schedule(index, sequences, case.heads, case.kv_heads, 5)
+    index = case.index(sequences, tile)
+    schedule = make_column_schedule(
+        index, sequences, case.heads, case.kv_heads, num_multiprocessors
+    )
     words = transposed_bank(index)
     assert words.shape == (index.bank.shape[0], tile, tile // 32)
     bits = (words[..., None] >> torch.arange(32, dtype=torch.int32) & 1).bool().flatten(-2).mT
@@ -539,6 +544,13 @@ def walk_columns(case: Case) -> torch.Tensor:
     mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
     seen = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.int32)
     slots: dict[int, tuple[int, int]] = {}
+    walked: dict[int, list[tuple[int, int, int]]] = {}
+    columns: dict[int, tuple[int, ...]] = {}
+    if schedule.split is not None:
+        for batch, head, *rows, first, count in schedule.split.table.tolist():
+            assert count > 1 and first == len(columns)
+            columns |= dict.fromkeys(range(first, first + count), (batch, head, *rows))
+        assert len(columns) == schedule.split.num_slots
     lengths: dict[tuple[int, int, int], int] = {}
     bounds = schedule.offsets.tolist()
     assert bounds == sorted(bounds) and bounds[0] == 0
@@ -551,12 +563,16 @@ def walk_columns(case: Case) -> torch.Tensor:
             partial, num_partial, full, starts, num_edges, num_masked, num_tiles, of_group = record[
                 9:17
             ]
+            last_edge, part = record[17:19]
             assert of_group == total
             assert head % group == member
             rows = torch.arange(kv_row, kv_row + tile)
             own = (rows >= kv_begin) & (rows < kv_end)
+            if part >= 0:
+                assert columns[part] == (batch, head // group, kv_row, kv_begin, kv_end)
             if member == 0:
-                seen[batch, head // group, rows[own]] += 1
+                if part < 0 or part == min(p for p in columns if columns[p] == columns[part]):
+                    seen[batch, head // group, rows[own]] += 1
                 of_head = owner, batch, head
                 assert total <= lengths.get(of_head, total), "long tiles of a head come first"
                 lengths[of_head] = total
@@ -564,26 +580,33 @@ def walk_columns(case: Case) -> torch.Tensor:
                 if step < num_partial:
                     entry = partial + step
                 elif step < num_partial + num_edges:
-                    full_end = full + num_tiles - num_partial - num_edges
-                    entry = full - 1 if step - num_partial < starts else full_end
+                    entry = full - 1 if step - num_partial < starts else last_edge
                 else:
                     entry = full + step - num_partial - num_edges
                 number, mask_id = indices[entry], mask_ids[entry]
-                columns = torch.arange(tile) + number * tile + shift
-                inside = (columns >= q_begin) & (columns < q_end)
+                if part >= 0:
+                    walked.setdefault(part, []).append((member, step >= num_masked, number))
+                queries = torch.arange(tile) + number * tile + shift
+                inside = (queries >= q_begin) & (queries < q_end)
                 if q_begin == q_end:
                     assert first_slot + number == -1 and num_masked == 1
                     continue
                 assert inside.any()
                 slot = first_slot + number
                 assert 0 <= slot < schedule.num_slots
-                assert slots.setdefault(slot, (batch, int(columns[0]))) == (batch, int(columns[0]))
+                assert slots.setdefault(slot, (batch, int(queries[0]))) == (batch, int(queries[0]))
                 if step >= num_masked:
                     assert mask_id == -1 and inside.all() and own.all()
                 kept = torch.ones(tile, tile, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
-                place = mask[batch, head, columns[inside][:, None], rows[own]]
+                place = mask[batch, head, queries[inside][:, None], rows[own]]
                 assert not (place & kept[inside][:, own]).any(), "a tile is walked twice"
-                mask[batch, head, columns[inside][:, None], rows[own]] |= kept[inside][:, own]
+                mask[batch, head, queries[inside][:, None], rows[own]] |= kept[inside][:, own]
+    assert walked.keys() == columns.keys()
+    for part in range(1, len(columns)):
+        if columns[part] == columns[part - 1]:
+            before, after = walked[part - 1], walked[part]
+            assert before[-1][:2] <= after[0][:2], "parts lie in the order of the steps"
+            assert abs(len(before) - len(after)) <= 1, "parts are of one size"
     expected = torch.zeros_like(seen)
     for batch, _, _, _, kv_row, kv_len, _ in sequences.table.tolist():
         expected[batch, :, kv_row : kv_row + kv_len] = 1
@@ -604,6 +627,47 @@ def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
     case = random_case(seed)
     if case.index(case.sequences("cpu")).num_tiles:
         assert torch.equal(walk_columns(case), case.mask())
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    """Key tiles are split wherever there are more steps than a multiprocessor's share, as long ones are."""
+    monkeypatch.setattr(column_parts, "SHORTEST_PART", 1)
+
+
+@without_gpu
+@pytest.mark.parametrize("name", [*WALKED, "bigbird", "documents, both directions"])
+def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once(name, short_parts):
+    """So many multiprocessors that all but the shortest tiles are split, some of them inside of a head, some between two."""
+    case = CASES[name]
+    assert torch.equal(walk_columns(case, 200), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("seed", range(12))
+def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once_at_random(seed, short_parts):
+    case = random_case(seed)
+    if case.index(case.sequences("cpu")).num_tiles:
+        assert torch.equal(walk_columns(case, 40), case.mask())
+
+
+@without_gpu
+def test_work_of_key_tiles_is_balanced_by_parts():
+    """Two columns that every query reads in four heads, all others short; nothing is split where all are alike."""
+    from hf_blocksparse.ops.hopper.work import COLUMN_GROUP_TILES, make_column_schedule
+
+    blocks = torch.eye(64, dtype=torch.bool)
+    blocks[:, :2] = True
+    case = Case(TensorLayout.from_tensor(blocks, 128), 8192, is_causal=False, heads=4, kv_heads=1)
+    sequences = case.sequences("cpu")
+    schedule = make_column_schedule(case.index(sequences), sequences, 4, 1, 8)
+    tiles = schedule.records[:, 0, COLUMN_GROUP_TILES].float()
+    loads = torch.cat((torch.zeros(1), tiles.cumsum(0)))[schedule.offsets.long()].diff()
+    assert loads.sum() == 4 * (2 * 64 + 62)
+    assert loads.max() <= 1.1 * loads.mean(), loads
+    assert schedule.split is not None and 2 * 5 <= schedule.split.num_slots <= 2 * 8
+    case = replace(case, layout=SlidingWindow(1024))
+    assert make_column_schedule(case.index(sequences), sequences, 4, 1, 8).split is None
 
 
 def as_handed_over(part: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from test_hopper_kernels import (
     random_blocks,
     random_case,
     walk,
+    walk_columns,
     without_gpu,
 )
 
@@ -231,114 +232,16 @@ def test_work_lists_hold_every_tile_once(name):
     assert torch.equal(walk(case, 5, TILE), case.mask())
 
 
-def walk_parts(case: Case, num_programs: int) -> torch.Tensor:
-    """The mask that the key pass's records add up to; every key row must be there once per part and every step valid."""
-    from hf_blocksparse.ops.hopper.work import make_part_schedule
-
-    group = case.heads // case.kv_heads
-    sequences = case.sequences("cpu")
-    index = case.index(sequences, TILE)
-    schedule = make_part_schedule(index, sequences, case.heads, case.kv_heads, num_programs)
-    bits = index.bank_bits()
-    indices, mask_ids = index.q_indices.tolist(), index.q_mask_ids.tolist()
-    mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
-    seen = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.int32)
-    divided = {}
-    for batch, head, row, begin, end, slot, count in schedule.divided.tolist():
-        if count:
-            assert count > 1 and 0 <= slot <= slot + count <= schedule.num_slots
-            for number in range(count):
-                assert slot + number not in divided, "two tiles share a slot"
-                divided[slot + number] = (batch, head, row, begin, end, number)
-    bounds = schedule.offsets.tolist()
-    assert bounds == sorted(bounds) and bounds[0] == 0
-    sizes = []
-    for members in schedule.records[: bounds[-1]].tolist():
-        slot = members[0][19]
-        sizes.append(sum(record[18] - record[17] for record in members))
-        assert sizes[-1] >= 1
-        for member, record in enumerate(members):
-            batch, head, kv_row, kv_begin, kv_end, shift, q_begin, q_end, _ = record[:9]
-            partial, num_partial, full, starts, num_edges, num_masked, num_tiles, of_part = record[
-                9:17
-            ]
-            first, last = record[17:19]
-            assert of_part == sizes[-1] and record[19] == slot
-            assert head % group == member and 0 <= first <= last <= num_tiles
-            rows = torch.arange(kv_row, kv_row + TILE)
-            own = (rows >= kv_begin) & (rows < kv_end)
-            if member == 0 and slot >= 0:
-                *where, number = divided.pop(slot)
-                assert where == [batch, head // group, kv_row, kv_begin, kv_end]
-            if member == 0 and (slot < 0 or number == 0):
-                seen[batch, head // group, rows[own]] += 1
-            for step in range(first, last):
-                if step < num_partial:
-                    entry = partial + step
-                elif step < num_partial + num_edges:
-                    full_end = full + num_tiles - num_partial - num_edges
-                    entry = full - 1 if step - num_partial < starts else full_end
-                else:
-                    entry = full + step - num_partial - num_edges
-                number_of_tile, mask_id = indices[entry], mask_ids[entry]
-                columns = torch.arange(TILE) + number_of_tile * TILE + shift
-                inside = (columns >= q_begin) & (columns < q_end)
-                if q_begin == q_end:
-                    assert num_masked == 1
-                    continue
-                assert inside.any()
-                if step >= num_masked:
-                    assert mask_id == -1 and inside.all() and own.all()
-                kept = torch.ones(TILE, TILE, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
-                place = mask[batch, head, columns[inside][:, None], rows[own]]
-                assert not (place & kept[inside][:, own]).any(), "a tile is walked twice"
-                mask[batch, head, columns[inside][:, None], rows[own]] |= kept[inside][:, own]
-    assert not divided, "parts that nobody computes"
-    expected = torch.zeros_like(seen)
-    for batch, _, _, _, kv_row, kv_len, _ in sequences.table.tolist():
-        expected[batch, :, kv_row : kv_row + kv_len] = 1
-    assert torch.equal(seen, expected)
-    longest = max(-(-sum(sizes) // num_programs), 16)
-    assert max(sizes) <= longest
-    return mask
-
-
 @without_gpu
 @pytest.mark.parametrize("name", SMALL_WALKED)
-@pytest.mark.parametrize("num_programs", [3, 40])
-def test_parts_of_key_tiles_hold_every_tile_once(name, num_programs):
+def test_work_lists_of_key_tiles_hold_every_tile_once(name):
     case = SMALL_CASES[name]
-    assert torch.equal(walk_parts(case, num_programs), case.mask())
+    assert torch.equal(walk_columns(case, 7, TILE), case.mask())
 
 
 @without_gpu
-@pytest.mark.parametrize("seed", range(6))
-def test_parts_of_key_tiles_hold_every_tile_once_at_random(seed):
+@pytest.mark.parametrize("seed", range(4))
+def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
     case = random_case(seed)
     if case.index(case.sequences("cpu"), TILE).num_tiles:
-        assert torch.equal(walk_parts(case, 7), case.mask())
-
-
-@without_gpu
-@pytest.mark.parametrize("head_dim", [40, 96])
-def test_parts_are_added_in_their_order(head_dim):
-    from hf_blocksparse.ops.hopper.two_pass_kernels import add_parts_kernel
-    from hf_blocksparse.ops.triton.tiles import StridedRows
-
-    dim = 64 if head_dim <= 64 else 128
-    sums = torch.randn(5, 2, TILE, dim, generator=torch.Generator().manual_seed(0))
-    # Batch row, key head, first row, begin and end of the sequence, first slot, parts.
-    divided = torch.tensor(
-        [[1, 0, -10, 0, 90, 0, 2], [0, 1, 70, 0, 100, 2, 3], [0, 0, 0, 0, 0, 0, 0]],
-        dtype=torch.int32,
-    )
-    grads = [torch.full((2, 2, 100, head_dim), 7.0) for _ in range(2)]
-    grad_key, grad_value = (StridedRows(grad, grad.stride()[:3]) for grad in grads)
-    add_parts_kernel[(3, 2)](sums, divided, grad_key, grad_value, 0.5, HEAD_DIM=head_dim, DIM=dim)
-    for number, (grad, scale) in enumerate(zip(grads, (0.5, 1.0), strict=True)):
-        expected = torch.full_like(grad, 7.0)
-        total = (sums[0, number] + sums[1, number]) * scale
-        expected[1, 0, :54] = total[10:, :head_dim]
-        total = (sums[2, number] + sums[3, number] + sums[4, number]) * scale
-        expected[0, 1, 70:] = total[:30, :head_dim]
-        assert torch.equal(grad, expected)
+        assert torch.equal(walk_columns(case, 40, TILE), case.mask())

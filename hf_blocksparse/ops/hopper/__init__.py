@@ -302,7 +302,7 @@ def backward(
     from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
     from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
 
     if not any(needed[:3]):
@@ -329,14 +329,19 @@ def backward(
         )  # fmt: skip
     elif index.num_tiles:
         dim = _padded(head_dim)
-        constants = backward_constants(head_dim)
         with current_device(query.device):
             schedule = column_schedule_for(index, sequences, heads, kv_heads)
+            split = schedule.split
+            constants = backward_constants(head_dim, split is not None)
             log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
             deltas = torch.empty_like(log2_sums)
             sums = query.new_empty(
                 schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
             )
+            key_parts = value_parts = sums  # not used
+            if split is not None:
+                rows = split.num_slots, TILE, dim
+                key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
             items = sequences.q_items(TILE)
             grid = (items.shape[0], heads, 1)
             log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
@@ -380,6 +385,8 @@ def backward(
                     grad_key.stride()[:3],
                     grad_value,
                     grad_value.stride()[:3],
+                    key_parts,
+                    value_parts,
                     log2_sums,
                     deltas,
                     schedule.records,
@@ -398,6 +405,8 @@ def backward(
                 dict(num_warps=4),
                 (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
             )
+            if split is not None:
+                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
             launch(
                 store_kernel,
                 grid,
@@ -436,27 +445,22 @@ def _run_two_passes(
 ) -> None:
     """Writes the gradients that `needed` names, of the rows that the sequences own."""
     from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
-    from hf_blocksparse.ops.hopper.two_pass_kernels import (
-        add_parts_kernel,
-        key_pass_kernel,
-        query_pass_kernel,
-    )
-    from hf_blocksparse.ops.hopper.work import part_schedule_for, schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch
+    from hf_blocksparse.ops.hopper.two_pass_kernels import key_pass_kernel, query_pass_kernel
+    from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
 
     batch, heads, query_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     dim = _padded(head_dim)
-    dims = dict(HEAD_DIM=head_dim, DIM=dim)
     counts = (heads, heads // kv_heads, query_len, kv_len)
     with current_device(query.device):
         log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
         deltas = torch.empty_like(log2_sums)
         items = sequences.q_items(TILE)
-        log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows, key_rows, value_rows = (
+        log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
             StridedRows(tensor, tensor.stride()[:3])
-            for tensor in (log2_sums, deltas, out, grad_out, lse, grad_key, grad_value)
+            for tensor in (log2_sums, deltas, out, grad_out, lse)
         )
         grad_lse_rows = StridedRows(None, (0, 0, 0))
         if grad_lse is not None:
@@ -476,7 +480,7 @@ def _run_two_passes(
                 sequences.table,
                 None,
             ),
-            dims,
+            dict(HEAD_DIM=head_dim, DIM=dim),
             dict(num_warps=8),
         )
         inputs = (
@@ -486,12 +490,16 @@ def _run_two_passes(
             _descriptor(grad_out, SMALL_TILE),
         )
         if needed[1] or needed[2]:
-            parts = part_schedule_for(index, sequences, heads, kv_heads)
-            sums = query.new_empty(parts.num_slots, 2, SMALL_TILE, dim, dtype=torch.float32)
+            columns = column_schedule_for(index, sequences, heads, kv_heads)
+            split = columns.split
+            key_parts = value_parts = log2_sums  # not used
+            if split is not None:
+                slots = split.num_slots, SMALL_TILE, dim
+                key_parts, value_parts = query.new_empty(2, *slots, dtype=torch.float32)
             key_strides, value_strides = grad_key.stride()[:3], grad_value.stride()[:3]
             launch(
                 key_pass_kernel,
-                (parts.num_programs, 1, 1),
+                (columns.num_programs, 1, 1),
                 (
                     *inputs,
                     _descriptor(grad_key, SMALL_TILE),
@@ -500,11 +508,12 @@ def _run_two_passes(
                     key_strides,
                     grad_value,
                     value_strides,
-                    sums,
+                    key_parts,
+                    value_parts,
                     log2_sums,
                     deltas,
-                    parts.records,
-                    parts.offsets,
+                    columns.records,
+                    columns.offsets,
                     index.q_indices,
                     index.q_mask_ids,
                     transposed_bank(index),
@@ -516,13 +525,8 @@ def _run_two_passes(
                 SMALL_OPTIONS,
                 (query.dtype, key_strides, value_strides),
             )
-            launch(
-                add_parts_kernel,
-                (parts.divided.shape[0], 2, 1),
-                (sums, parts.divided, key_rows, value_rows, scale),
-                dims,
-                dict(num_warps=4),
-            )
+            if split is not None:
+                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
         if needed[0]:
             rows = schedule_for(index, sequences, heads)
             query_strides = grad_query.stride()[:3]
@@ -567,13 +571,14 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
 
 
 @cache
-def backward_constants(head_dim: int) -> dict[str, Any]:
-    """What the backward kernel is compiled for besides the types of its arguments."""
+def backward_constants(head_dim: int, in_parts: bool) -> dict[str, Any]:
+    """What the backward kernel is compiled for besides the types of its arguments; `in_parts`: whether key tiles are split."""
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
         STEP=128 if is_small else 64,  # query rows of a step
+        IN_PARTS=in_parts,
         CONSUMER_REGISTERS=240,
         OTHERS_REGISTERS=24,
     )

@@ -59,15 +59,24 @@ def load_steps(record):
     num_edges = gl.load(record + 13)
     num_masked = gl.load(record + 14)
     num_tiles = gl.load(record + 15)
-    return partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles
+    last_edge = gl.load(record + 17)
+    return (
+        partial_first,
+        num_partial,
+        full_first,
+        full_start,
+        num_edges,
+        num_masked,
+        num_tiles,
+        last_edge,
+    )
 
 
 @gluon.jit
-def entry_of(place, partial_first, num_partial, full_first, full_start, num_edges, num_tiles):
+def entry_of(place, partial_first, num_partial, full_first, full_start, num_edges, last_edge):
     """The entry of a list at `place`: partial ones, full ones at the sequence's start and end, then the other full ones."""
     first_full = num_partial + num_edges
-    full_last = full_first + num_tiles - first_full
-    edge = gl.where(place - num_partial < full_start, full_first - 1, full_last)
+    edge = gl.where(place - num_partial < full_start, full_first - 1, last_edge)
     entry = gl.where(place < first_full, edge, full_first + place - first_full)
     return gl.where(place < num_partial, partial_first + place, entry)
 
@@ -165,13 +174,14 @@ def producer(
             query_shift = gl.load(record + 5)
             q_begin = gl.load(record + 6)
             q_end = gl.load(record + 7)
-            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
-                load_steps(record)
-            )
+            (
+                partial_first, num_partial, full_first, full_start,
+                num_edges, num_masked, num_tiles, last_edge,
+            ) = load_steps(record)  # fmt: skip
             terms = (batch * num_heads + head).to(gl.int64) * query_rows
             for walked in range(0, num_tiles):
                 entry = entry_of(
-                    walked, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+                    walked, partial_first, num_partial, full_first, full_start, num_edges, last_edge
                 )
                 tile_row = gl.load(indices + entry) * TILE + query_shift
                 mask_id = gl.load(mask_ids + entry)
@@ -230,12 +240,13 @@ def adder(
             record = records + (place * group_size + member) * RECORD
             head = gl.load(record + 1)
             first_slot = gl.load(record + 8)
-            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
-                load_steps(record)
-            )
+            (
+                partial_first, num_partial, full_first, full_start,
+                num_edges, num_masked, num_tiles, last_edge,
+            ) = load_steps(record)  # fmt: skip
             for walked in range(0, num_tiles):
                 entry = entry_of(
-                    walked, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+                    walked, partial_first, num_partial, full_first, full_start, num_edges, last_edge
                 )
                 tile = first_slot + gl.load(indices + entry)
                 for step in range(0, TILE // STEP):
@@ -407,14 +418,25 @@ def store_rows(
 
 
 @gluon.jit
+def store_part(parts, slot, sums, CONSUMER: gl.constexpr, TILE_SIZE: gl.constexpr):
+    """Stores a consumer's rows [64, DIM] of a key tile into slot `slot` of the contiguous `parts` [slots, TILE_SIZE, DIM]."""
+    LAYOUT: gl.constexpr = sums.type.layout
+    DIM: gl.constexpr = sums.shape[1]
+    rows = CONSUMER * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    place = gl.expand_dims(rows * DIM, 1) + gl.expand_dims(dims, 0)
+    gl.store(parts + slot.to(gl.int64) * (TILE_SIZE * DIM) + place, sums)
+
+
+@gluon.jit
 def consumer(
     CONSUMER: gl.constexpr,
     grad_key_desc, grad_key, grad_key_strides, grad_value_desc, grad_value, grad_value_strides,
-    records, offsets, scale, score_scale, group_size, key_rows,
+    key_parts, value_parts, records, offsets, scale, score_scale, group_size, key_rows,
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks, grad_scores, sums,
     kv_filled, kv_free, query_filled, grad_out_filled, free,
     scores_filled, scores_free, sums_filled, sums_free,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr, IN_PARTS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = keys.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -481,6 +503,13 @@ def consumer(
         row = gl.load(of_tile + 2) + CONSUMER * HALF
         kv_begin = gl.load(of_tile + 3)
         kv_end = gl.load(of_tile + 4)
+        if IN_PARTS:
+            # What is a part goes to its slot, and leaves no row for the stores below.
+            part = gl.load(of_tile + 18)
+            if part >= 0:
+                store_part(value_parts, part, value_sum, CONSUMER, TILE)
+                store_part(key_parts, part, key_sum, CONSUMER, TILE)
+            kv_end = gl.where(part >= 0, kv_begin, kv_end)
         staging = values.index(CONSUMER)
         store_rows(
             grad_value_desc, grad_value,
@@ -529,6 +558,8 @@ def backward_kernel(
     grad_key_strides,
     grad_value,
     grad_value_strides,
+    key_parts,
+    value_parts,
     log2_sums,
     deltas,
     records,
@@ -545,6 +576,7 @@ def backward_kernel(
     HEAD_DIM: gl.constexpr,
     DIM: gl.constexpr,
     STEP: gl.constexpr,
+    IN_PARTS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHERS_REGISTERS: gl.constexpr,
 ):
@@ -552,7 +584,8 @@ def backward_kernel(
 
     `*_desc`: tensor descriptors of [batch, heads, rows, HEAD_DIM], in blocks of `STEP` rows (query, grad_out) or 64 (the others) and DIM
     columns; `grad_query_desc`: of float32 [parts * 128, 32], in parts of 128 rows, see `query_sums`; `grad_key`, `grad_value`,
-    `*_strides`: the same outputs by pointer; `log2_sums`, `deltas`: [batch, heads, rows]; `records`, `offsets`: `work.Schedule` of
+    `*_strides`: the same outputs by pointer; `key_parts`, `value_parts`: float32 [slots, 128, DIM] for the sums of key tiles in parts,
+    of which there are some if `IN_PARTS`; `log2_sums`, `deltas`: [batch, heads, rows]; `records`, `offsets`: `work.Schedule` of
     key tiles; `indices`, `mask_ids`: of the index's transpose; `bank`: `work.transposed_bank`; `query_rows`, `key_rows`: of the tensors.
     """
     DTYPE: gl.constexpr = query_desc.dtype
@@ -596,21 +629,21 @@ def backward_kernel(
         [
             (consumer, (
                 0, grad_key_desc, grad_key, grad_key_strides,
-                grad_value_desc, grad_value, grad_value_strides,
+                grad_value_desc, grad_value, grad_value_strides, key_parts, value_parts,
                 records, offsets, scale, score_scale, group_size, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP,
+                HEAD_DIM, DIM, STEP, IN_PARTS,
             )),
             (consumer, (
                 1, grad_key_desc, grad_key, grad_key_strides,
-                grad_value_desc, grad_value, grad_value_strides,
+                grad_value_desc, grad_value, grad_value_strides, key_parts, value_parts,
                 records, offsets, scale, score_scale, group_size, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP,
+                HEAD_DIM, DIM, STEP, IN_PARTS,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, grad_out_desc, log2_sums, deltas,

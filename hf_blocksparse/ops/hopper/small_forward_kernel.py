@@ -45,26 +45,38 @@ RECORD = gl.constexpr(16)
 
 @gluon.jit
 def load_walk(record):
-    """What `entry_of` wants to know of a query tile, see `work.RECORD`: partial entries, full ones, edges, and the number of all."""
+    """Where a query tile's key tiles lie in the lists, as `backward_kernel.load_steps` gives it of a key tile; see `work.RECORD`."""
     partial_first = gl.load(record + 8)
     num_partial = gl.load(record + 9)
     full_first = gl.load(record + 10)
     full_start = gl.load(record + 12)
-    num_edges = gl.load(record + 13) - num_partial
+    num_masked = gl.load(record + 13)
     num_tiles = gl.load(record + 14)
-    return partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+    last_edge = full_first + num_tiles - num_masked
+    return (
+        partial_first,
+        num_partial,
+        full_first,
+        full_start,
+        num_masked - num_partial,
+        num_masked,
+        num_tiles,
+        last_edge,
+    )
 
 
 @gluon.jit
-def pair_of(step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles):
+def pair_of(
+    step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge
+):
     """The two entries of a step."""
     place = 2 * step - (num_tiles & 1)
     first = entry_of(
         gl.maximum(place, 0),
-        partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+        partial_first, num_partial, full_first, full_start, num_edges, last_edge,
     )  # fmt: skip
     second = entry_of(
-        place + 1, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+        place + 1, partial_first, num_partial, full_first, full_start, num_edges, last_edge
     )
     return first, second
 
@@ -141,11 +153,14 @@ def producer(
         key_shift = gl.load(record + 5)
         kv_begin = gl.load(record + 6)
         kv_end = gl.load(record + 7)
-        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, last_edge,
+        ) = load_walk(record)  # fmt: skip
         num_steps = (num_tiles + 1) // 2
         kv_head = head // group_size
         first, second = pair_of(
-            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge
         )
         first_row = gl.load(indices + first) * TILE + key_shift
         second_row = gl.load(indices + second) * TILE + key_shift
@@ -161,7 +176,7 @@ def producer(
         # The numbers of the next tiles are on their way while the last ones' slots are waited for.
         first, second = pair_of(
             gl.minimum(1, num_steps - 1),
-            partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+            partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
         )  # fmt: skip
         next_first = gl.load(indices + first)
         next_second = gl.load(indices + second)
@@ -172,7 +187,7 @@ def producer(
             second_row = next_second * TILE + key_shift
             first, second = pair_of(
                 gl.minimum(step + 1, num_steps - 1),
-                partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+                partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
             )  # fmt: skip
             next_first = gl.load(indices + first)
             next_second = gl.load(indices + second)
@@ -196,11 +211,11 @@ def producer(
 
 @gluon.jit
 def load_mask_of_pair(
-    step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+    step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
     indices, mask_ids, bank, key_shift, kv_begin, kv_end, scores,
 ):  # fmt: skip
     first, second = pair_of(
-        step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+        step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge
     )
     first_row = gl.load(indices + first) * TILE + key_shift
     second_row = gl.load(indices + second) * TILE + key_shift
@@ -248,9 +263,12 @@ def consumer(
         key_shift = gl.load(record + 5)
         kv_begin = gl.load(record + 6)
         kv_end = gl.load(record + 7)
-        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, last_edge,
+        ) = load_walk(record)  # fmt: skip
         num_steps = (num_tiles + 1) // 2
-        num_masked = (num_partial + num_edges + (num_tiles & 1) + 1) // 2
+        num_masked = (num_masked + (num_tiles & 1) + 1) // 2
         accumulator = gl.zeros([TILE, DIM], gl.float32, OUT)
         no_scores = gl.zeros([TILE, PAIR], gl.float32, SCORES)
         query_buffer = queries.index(0).reshape([TILE, DIM])
@@ -268,7 +286,7 @@ def consumer(
             query, ring.index(slot).permute([1, 0]), no_scores, use_acc=False, is_async=True
         )
         mask = load_mask_of_pair(
-            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
             indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
         )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[scores])
@@ -291,7 +309,7 @@ def consumer(
             mbarrier.wait(filled.index(value_slot), ((number + 1) // STAGES) & 1)
             accumulator = warpgroup_mma(weights, ring.index(value_slot), accumulator, is_async=True)
             mask = load_mask_of_pair(
-                step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+                step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
                 indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
             )  # fmt: skip
             scores = warpgroup_mma_wait(1, deps=[scores])

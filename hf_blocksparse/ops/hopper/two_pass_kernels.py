@@ -19,12 +19,10 @@ Barriers come in pairs, *filled* (by the copy, or by the producer where it has m
 
 The last place of a *filled* barrier is the producer's own, for the copies whose rows it has to clear before the consumer comes.
 
-A key tile that many queries read, of all heads that share the key head, would hold its program up for long after the others: such tiles are
-divided (`work.PartSchedule`). Each part leaves float32 sums, which `add_parts_kernel` adds in the order of the parts.
+A key tile that many queries read, of all heads that share the key head, would hold its program up long after the others: such tiles are
+walked in parts (`ops/triton/column_parts.py`), which leave float32 sums.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,13 +37,13 @@ from hf_blocksparse.ops.hopper.backward_kernel import (
     clear_foreign_rows,
     entry_of,
     load_steps,
+    store_part,
     store_rows,
     straddles,
 )
 from hf_blocksparse.ops.hopper.compat import tma_load
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, load_mask, read_mask
 from hf_blocksparse.ops.hopper.small_forward_kernel import load_walk
-from hf_blocksparse.ops.triton.tiles import row_pointers
 
 TILE = gl.constexpr(64)
 WORDS = gl.constexpr(2)  # of a row of a mask
@@ -113,24 +111,23 @@ def key_pass_producer(
             query_shift = gl.load(record + 5)
             q_begin = gl.load(record + 6)
             q_end = gl.load(record + 7)
-            first = gl.load(record + 17)
-            last = gl.load(record + 18)
-            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
-                load_steps(record)
-            )
+            (
+                partial_first, num_partial, full_first, full_start,
+                num_edges, num_masked, num_tiles, last_edge,
+            ) = load_steps(record)  # fmt: skip
             terms = (batch * num_heads + head).to(gl.int64) * query_rows
             entry = entry_of(
-                first, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+                0, partial_first, num_partial, full_first, full_start, num_edges, last_edge
             )
-            next_tile = gl.load(indices + entry, mask=first < last, other=0)
-            next_mask_id = gl.load(mask_ids + entry, mask=first < last, other=0)
-            for walked in range(first, last):
+            next_tile = gl.load(indices + entry, mask=num_tiles > 0, other=0)
+            next_mask_id = gl.load(mask_ids + entry, mask=num_tiles > 0, other=0)
+            for walked in range(0, num_tiles):
                 row = next_tile * TILE + query_shift
                 mask_id = next_mask_id
                 # The next tile's number is on its way while this one's slots are waited for.
                 entry = entry_of(
-                    gl.minimum(walked + 1, last - 1),
-                    partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+                    gl.minimum(walked + 1, num_tiles - 1),
+                    partial_first, num_partial, full_first, full_start, num_edges, last_edge,
                 )  # fmt: skip
                 next_tile = gl.load(indices + entry)
                 next_mask_id = gl.load(mask_ids + entry)
@@ -231,17 +228,9 @@ def take_key_step(
 
 
 @gluon.jit
-def store_part(pointer, sums, DIM: gl.constexpr):
-    LAYOUT: gl.constexpr = sums.type.layout
-    rows = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT)), 1)
-    dims = gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
-    gl.store(pointer + rows * DIM + dims, sums)
-
-
-@gluon.jit
 def key_pass_consumer(
     grad_key_desc, grad_key, grad_key_strides, grad_value_desc, grad_value, grad_value_strides,
-    parts, records, offsets, scale, score_scale, group_size, key_rows,
+    key_parts, value_parts, records, offsets, scale, score_scale, group_size, key_rows,
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
     kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, SLOTS: gl.constexpr,
@@ -275,12 +264,8 @@ def key_pass_consumer(
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         for member in range(0, group_size):
-            record = of_part + member * COLUMN_RECORD
-            member_first = gl.load(record + 17)
-            num_masked = gl.maximum(gl.load(record + 14) - member_first, 0)
-            num_steps = gl.load(record + 18) - member_first
-            masked_end = number + gl.minimum(num_masked, num_steps)
-            member_end = number + num_steps
+            masked_end = number + gl.load(of_part + member * COLUMN_RECORD + 14)
+            member_end = number + gl.load(of_part + member * COLUMN_RECORD + 15)
             for step in range(number, masked_end):
                 scores, key_sum, value_sum = take_key_step(
                     scores, key_sum, value_sum, step, last, score_scale,
@@ -297,17 +282,16 @@ def key_pass_consumer(
                 )  # fmt: skip
             number = member_end
 
-        slot_of_part = gl.load(of_part + 19)
-        if slot_of_part >= 0:
-            place_of_part = parts + slot_of_part.to(gl.int64) * (2 * TILE * DIM)
-            store_part(place_of_part, key_sum, DIM)
-            store_part(place_of_part + TILE * DIM, value_sum, DIM)
+        batch = gl.load(of_part)
+        kv_head = gl.load(of_part + 1) // group_size
+        row = gl.load(of_part + 2)
+        kv_begin = gl.load(of_part + 3)
+        kv_end = gl.load(of_part + 4)
+        part = gl.load(of_part + 18)
+        if part >= 0:
+            store_part(value_parts, part, value_sum, 0, TILE)
+            store_part(key_parts, part, key_sum, 0, TILE)
         else:
-            batch = gl.load(of_part)
-            kv_head = gl.load(of_part + 1) // group_size
-            row = gl.load(of_part + 2)
-            kv_begin = gl.load(of_part + 3)
-            kv_end = gl.load(of_part + 4)
             store_rows(
                 grad_value_desc, grad_value,
                 grad_value_strides[0], grad_value_strides[1], grad_value_strides[2],
@@ -347,7 +331,8 @@ def key_pass_kernel(
     grad_key_strides,
     grad_value,
     grad_value_strides,
-    parts,
+    key_parts,
+    value_parts,
     log2_sums,
     deltas,
     records,
@@ -366,11 +351,11 @@ def key_pass_kernel(
     SLOTS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """Grid: (programs of the schedule,). Writes the rows of dK and dV that the tiles' sequences own, and the sums of divided tiles.
+    """Grid: (programs of the schedule,). Writes the rows of dK and dV that the tiles' sequences own, and the sums of tiles in parts.
 
     `*_desc`: tensor descriptors of [batch, heads, rows, HEAD_DIM], in blocks of 64 rows and DIM columns; `grad_key`, `grad_value`,
-    `*_strides`: the same outputs by pointer; `parts`: float32 [slots, 2 (dK / scale, dV), 64, DIM]; `log2_sums`, `deltas`:
-    [batch, heads, rows]; `records`, `offsets`: `work.PartSchedule`; `indices`, `mask_ids`: of the index's transpose; `bank`:
+    `*_strides`: the same outputs by pointer; `key_parts`, `value_parts`: float32 [slots, 64, DIM], dK / scale and dV; `log2_sums`,
+    `deltas`: [batch, heads, rows]; `records`, `offsets`: `work.ColumnSchedule`; `indices`, `mask_ids`: of the index's transpose; `bank`:
     `work.transposed_bank`; `query_rows`, `key_rows`: of the tensors.
     """
     DTYPE: gl.constexpr = query_desc.dtype
@@ -406,7 +391,7 @@ def key_pass_kernel(
             (key_pass_consumer, (
                 grad_key_desc, grad_key, grad_key_strides,
                 grad_value_desc, grad_value, grad_value_strides,
-                parts, records, offsets, scale, score_scale, group_size, key_rows,
+                key_parts, value_parts, records, offsets, scale, score_scale, group_size, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 kv_filled, kv_free, query_filled, query_free, grad_out_filled, grad_out_free,
                 HEAD_DIM, DIM, SLOTS,
@@ -423,40 +408,6 @@ def key_pass_kernel(
         [1],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
-
-
-@triton.jit
-def add_parts_kernel(
-    parts, divided, grad_key, grad_value, scale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
-    """Grid: (divided tiles, 2). Adds the parts of a tile in their order; dK by the programs of number 0, dV by the others.
-
-    `divided`: `work.PartSchedule`; `grad_key`, `grad_value`: StridedRows.
-    """
-    record = divided + tl.program_id(0) * 7
-    num_parts = tl.load(record + 6)
-    if num_parts == 0:
-        return
-    rows = tl.arange(0, 64)
-    dims = tl.arange(0, DIM)
-    place = rows[:, None] * DIM + dims[None, :]
-    first = tl.load(record + 5).to(tl.int64) * 2 + tl.program_id(1)
-    total = tl.zeros([64, DIM], tl.float32)
-    for part in range(num_parts):
-        total += tl.load(parts + (first + 2 * part) * (64 * DIM) + place)
-    batch = tl.load(record)
-    kv_head = tl.load(record + 1)
-    rows += tl.load(record + 2)
-    is_own = (rows >= tl.load(record + 3)) & (rows < tl.load(record + 4))
-    kept = is_own[:, None] & (dims < HEAD_DIM)[None, :]
-    if tl.program_id(1) == 0:
-        pointers = row_pointers(grad_key, batch, kv_head)
-        pointers += rows.to(tl.int64)[:, None] * grad_key.strides[2] + dims[None, :]
-        tl.store(pointers, (total * scale).to(grad_key.pointer.dtype.element_ty), mask=kept)
-    else:
-        pointers = row_pointers(grad_value, batch, kv_head)
-        pointers += rows.to(tl.int64)[:, None] * grad_value.strides[2] + dims[None, :]
-        tl.store(pointers, total.to(grad_value.pointer.dtype.element_ty), mask=kept)
 
 
 @gluon.jit
@@ -501,7 +452,10 @@ def query_pass_producer(
         kv_begin = gl.load(record + 6)
         kv_end = gl.load(record + 7)
         next_tile = gl.load(record + 11)
-        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, last_edge,
+        ) = load_walk(record)  # fmt: skip
         kv_head = head // group_size
         where = [batch, head, query_row, 0]
         mbarrier.wait(query_free, (turn & 1) ^ 1)
@@ -512,7 +466,7 @@ def query_pass_producer(
             # The next tile's number is on its way while this one's slots are waited for.
             entry = entry_of(
                 gl.minimum(walked + 1, num_tiles - 1),
-                partial_first, num_partial, full_first, full_start, num_edges, num_tiles,
+                partial_first, num_partial, full_first, full_start, num_edges, last_edge,
             )  # fmt: skip
             next_tile = gl.load(indices + entry)
             num_cut = load_rows(
@@ -534,7 +488,7 @@ def query_pass_producer(
 @gluon.jit
 def take_query_step(
     scores, grad_query, query, grad_out, log2_sum, delta, number, step, num_tiles,
-    partial_first, num_partial, full_first, full_start, num_edges,
+    partial_first, num_partial, full_first, full_start, num_edges, last_edge,
     indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale, ring, filled, free,
     MASKED: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -557,7 +511,7 @@ def take_query_step(
     )
     if MASKED:
         entry = entry_of(
-            step, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+            step, partial_first, num_partial, full_first, full_start, num_edges, last_edge
         )
         key_row = gl.load(indices + entry) * TILE + key_shift
         mask = load_mask(
@@ -619,8 +573,10 @@ def query_pass_consumer(
         key_shift = gl.load(record + 5)
         kv_begin = gl.load(record + 6)
         kv_end = gl.load(record + 7)
-        num_masked = gl.load(record + 13)
-        partial_first, num_partial, full_first, full_start, num_edges, num_tiles = load_walk(record)
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, last_edge,
+        ) = load_walk(record)  # fmt: skip
         rows = row + gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
         is_own = (rows >= q_begin) & (rows < q_end)
         terms = (batch * num_heads + head).to(gl.int64) * query_rows
@@ -652,7 +608,7 @@ def query_pass_consumer(
         for step in range(0, num_masked):
             scores, query_sum = take_query_step(
                 scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
-                partial_first, num_partial, full_first, full_start, num_edges,
+                partial_first, num_partial, full_first, full_start, num_edges, last_edge,
                 indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
                 ring, filled, free, True, DIM, STAGES,
             )  # fmt: skip
@@ -660,7 +616,7 @@ def query_pass_consumer(
         for step in range(num_masked, num_tiles):
             scores, query_sum = take_query_step(
                 scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
-                partial_first, num_partial, full_first, full_start, num_edges,
+                partial_first, num_partial, full_first, full_start, num_edges, last_edge,
                 indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
                 ring, filled, free, False, DIM, STAGES,
             )  # fmt: skip
