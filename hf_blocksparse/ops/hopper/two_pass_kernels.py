@@ -486,13 +486,28 @@ def query_pass_producer(
 
 
 @gluon.jit
-def take_query_step(
-    scores, grad_query, query, grad_out, log2_sum, delta, number, step, num_tiles,
-    partial_first, num_partial, full_first, full_start, num_edges, last_edge,
-    indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale, ring, filled, free,
-    MASKED: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+def load_mask_of_step(
+    step, partial_first, num_partial, full_first, full_start, num_edges, last_edge,
+    indices, mask_ids, bank, key_shift, kv_begin, kv_end, scores,
 ):  # fmt: skip
-    """Step `step` of the query tile, whose scores are there and whose K is in slot `number` of the ring; returns those of the next one."""
+    entry = entry_of(
+        step, partial_first, num_partial, full_first, full_start, num_edges, last_edge
+    )
+    key_row = gl.load(indices + entry) * TILE + key_shift
+    mask_id = gl.load(mask_ids + entry)
+    return load_mask(bank, mask_id, 0, kv_begin - key_row, kv_end - key_row, scores, TILE)
+
+
+@gluon.jit
+def take_query_step(
+    scores, mask, grad_query, query, grad_out, log2_sum, delta, number, has_next,
+    score_scale, ring, filled, free,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A step of the query tile, whose scores are there and whose K is in slot `number` of the ring; returns the next one's scores.
+
+    `mask`: None where every coefficient is kept.
+    """
     DTYPE: gl.constexpr = ring.dtype
     SCORES: gl.constexpr = scores.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(
@@ -509,14 +524,7 @@ def take_query_step(
         use_acc=False,
         is_async=True,
     )
-    if MASKED:
-        entry = entry_of(
-            step, partial_first, num_partial, full_first, full_start, num_edges, last_edge
-        )
-        key_row = gl.load(indices + entry) * TILE + key_shift
-        mask = load_mask(
-            bank, gl.load(mask_ids + entry), 0, kv_begin - key_row, kv_end - key_row, scores, TILE
-        )
+    if mask is not None:
         scores = apply_mask(scores, mask)
     probabilities = gl.exp2(scores * score_scale - log2_sum)
     grad_probabilities = warpgroup_mma_wait(0, deps=[grad_probabilities])
@@ -527,7 +535,6 @@ def take_query_step(
         weights, ring.index(key_slot).reshape([TILE, DIM]), grad_query, is_async=True
     )
     # The last step repeats its own scores, which nobody reads.
-    has_next = step + 1 < num_tiles
     next_slot = gl.where(has_next, (number + 2) % STAGES, key_slot)
     mbarrier.wait(filled.index(next_slot), ((number + 2) // STAGES) & 1, pred=has_next)
     next_scores = warpgroup_mma(
@@ -587,6 +594,10 @@ def query_pass_consumer(
         delta = gl.expand_dims(delta, 1)
         query_sum = gl.zeros([TILE, DIM], gl.float32, ACCUMULATOR)
         no_scores = gl.zeros([TILE, TILE], gl.float32, SCORES)
+        next_mask = load_mask_of_step(
+            0, partial_first, num_partial, full_first, full_start, num_edges, last_edge,
+            indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
+        )  # fmt: skip
         query = queries.index(0).reshape([TILE, DIM])
         grad_out = grad_outs.index(0).reshape([TILE, DIM])
         slot = number % STAGES
@@ -606,19 +617,22 @@ def query_pass_consumer(
         if IN_REGISTERS:
             grad_out = grad_out.load(OPERAND)
         for step in range(0, num_masked):
-            scores, query_sum = take_query_step(
-                scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
+            mask = next_mask
+            # The next mask's words are on their way during this step.
+            next_mask = load_mask_of_step(
+                gl.minimum(step + 1, num_masked - 1),
                 partial_first, num_partial, full_first, full_start, num_edges, last_edge,
-                indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
-                ring, filled, free, True, DIM, STAGES,
+                indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
+            )  # fmt: skip
+            scores, query_sum = take_query_step(
+                scores, mask, query_sum, query, grad_out, log2_sum, delta, number,
+                step + 1 < num_tiles, score_scale, ring, filled, free, DIM, STAGES,
             )  # fmt: skip
             number += 2
         for step in range(num_masked, num_tiles):
             scores, query_sum = take_query_step(
-                scores, query_sum, query, grad_out, log2_sum, delta, number, step, num_tiles,
-                partial_first, num_partial, full_first, full_start, num_edges, last_edge,
-                indices, mask_ids, bank, key_shift, kv_begin, kv_end, score_scale,
-                ring, filled, free, False, DIM, STAGES,
+                scores, None, query_sum, query, grad_out, log2_sum, delta, number,
+                step + 1 < num_tiles, score_scale, ring, filled, free, DIM, STAGES,
             )  # fmt: skip
             number += 2
         mbarrier.arrive(query_free)
