@@ -52,12 +52,16 @@ def test_products_run_asynchronously(records):
 
 
 def test_loops_of_full_tiles_hardly_spill_registers(records):
-    """Of both consumers. What is spilled once per tile does no harm.
+    """Of both consumers, or where there is one, of its loops without and with masks. What is spilled once per tile does no harm.
 
     In the backward kernel, tiles of head size 64 alone take 224 of a thread's 240 registers, so addresses are spilled there.
     """
     for record in records:
         allowed = 0
-        if record["kernel"] != "forward":
+        if record["kernel"].startswith("backward"):
             allowed = 2 if record["head_dim"] > 64 else 40
+        elif record["kernel"] in SHARING:
+            without_masks, _ = record["spills_in_full_loops"]
+            assert without_masks == 0, record
+            allowed = 2
         assert all(spills <= allowed for spills in record["spills_in_full_loops"]), record

@@ -21,8 +21,8 @@ from test_hopper_kernels import (
     without_gpu,
 )
 
-from hf_blocksparse import BigBird, Dense, Layout, TensorLayout
-from hf_blocksparse.block_index import BlockIndex, get_index
+from hf_blocksparse import BigBird, Dense, Layout, SlidingWindow, TensorLayout
+from hf_blocksparse.block_index import get_index
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.sequences import Sequences
@@ -159,9 +159,12 @@ def deterministic_algorithms():
 
 
 CHOICES = {
+    "causal": (Dense(), (128, 128)),
+    "narrow window": (SlidingWindow(128), (64, 64)),
+    "wide window": (SlidingWindow(700), (128, 128)),
     "random 128": (random_blocks(4, 2048, 128, 0.25, 0), (128, 128)),
     "random 64": (random_blocks(4, 2048, 64, 0.25, 0), (64, 64)),
-    "random 32": (random_blocks(4, 2048, 32, 0.05, 0), (64, 32)),
+    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32)),
     "random 32, dense": (random_blocks(4, 2048, 32, 0.6, 0), (128, 128)),
     "random 16": (random_blocks(4, 2048, 16, 0.1, 0), (64, 16)),
     "bigbird 64": (BigBird(64), (64, 64)),
@@ -177,13 +180,11 @@ CHOICES = {
 }
 
 
-def problem_that_chooses(layout: Layout) -> tuple[Problem, list[BlockIndex]]:
-    """With a real index for what is asked for; the list holds the answers."""
+def problem_that_chooses(layout: Layout) -> Problem:
     where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
-    given: list[BlockIndex] = []
 
     def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
-        index = get_index(
+        return get_index(
             layout,
             where,
             is_causal=True,
@@ -194,30 +195,27 @@ def problem_that_chooses(layout: Layout) -> tuple[Problem, list[BlockIndex]]:
             device=where.table.device,
             strips=strips,
         )
-        given.append(index)
-        return index
 
-    return Problem(index_for, where, layout.grain, 1.0), given
+    return Problem(index_for, where, layout.grain, 1.0)
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_small_blocks_take_the_tiles_that_compute_the_least(name, direction):
+def test_layouts_take_the_tiles_that_are_fastest(name):
     layout, shape = CHOICES[name]
-    problem, _ = problem_that_chooses(layout)
-    index = hopper._index_of(problem, direction)
+    problem = problem_that_chooses(layout)
+    index = hopper._index_of(problem)
     assert (index.tile_q, index.tile_kv) == shape
-    alone = problem.index_for(*shape)
-    assert index is alone, "the portable kernels would hold another one"
+    assert hopper._index_of_backward(problem) is index
+    assert index is problem.index_for(*shape), "the portable kernels would hold another one"
 
 
 @pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
 def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
     layout, shape = CHOICES[name]
-    problem, _ = problem_that_chooses(layout)
+    problem = problem_that_chooses(layout)
     with deterministic_algorithms():
-        forward = hopper._index_of(problem, "forward")
-        backward = hopper._index_of(problem, "backward")
+        forward = hopper._index_of(problem)
+        backward = hopper._index_of_backward(problem)
     assert (forward.tile_q, forward.tile_kv) == shape
     assert (backward.tile_q, backward.tile_kv) == ((64, 16) if name == "random 16" else (64, 64))
 

@@ -490,9 +490,7 @@ def load_mask_of_step(
     step, partial_first, num_partial, full_first, full_start, num_edges, last_edge,
     indices, mask_ids, bank, key_shift, kv_begin, kv_end, scores,
 ):  # fmt: skip
-    entry = entry_of(
-        step, partial_first, num_partial, full_first, full_start, num_edges, last_edge
-    )
+    entry = entry_of(step, partial_first, num_partial, full_first, full_start, num_edges, last_edge)
     key_row = gl.load(indices + entry) * TILE + key_shift
     mask_id = gl.load(mask_ids + entry)
     return load_mask(bank, mask_id, 0, kv_begin - key_row, kv_end - key_row, scores, TILE)
