@@ -28,41 +28,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_blocksparse.ops.hopper.backward_kernel import (
-    clear_foreign_rows,
-    entry_of,
-    store_rows,
-    straddles,
-)
 from hf_blocksparse.ops.hopper.compat import reinterpret, tma_load
 from hf_blocksparse.ops.hopper.forward_kernel import FLOOR, LN_2, own_sums, update
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, load_mask, side_by_side
+from hf_blocksparse.ops.hopper.tiles import (
+    clear_foreign_rows,
+    entry_of,
+    load_steps_of_row,
+    store_rows,
+    straddles,
+)
 
 TILE = gl.constexpr(64)
 PAIR = gl.constexpr(128)  # key rows of a step
 RECORD = gl.constexpr(16)
-
-
-@gluon.jit
-def load_walk(record):
-    """Where a query tile's key tiles lie in the lists, as `backward_kernel.load_steps` gives it of a key tile; see `work.RECORD`."""
-    partial_first = gl.load(record + 8)
-    num_partial = gl.load(record + 9)
-    full_first = gl.load(record + 10)
-    full_start = gl.load(record + 12)
-    num_masked = gl.load(record + 13)
-    num_tiles = gl.load(record + 14)
-    last_edge = full_first + num_tiles - num_masked
-    return (
-        partial_first,
-        num_partial,
-        full_first,
-        full_start,
-        num_masked - num_partial,
-        num_masked,
-        num_tiles,
-        last_edge,
-    )
 
 
 @gluon.jit
@@ -156,7 +135,7 @@ def producer(
         (
             partial_first, num_partial, full_first, full_start,
             num_edges, num_masked, num_tiles, last_edge,
-        ) = load_walk(record)  # fmt: skip
+        ) = load_steps_of_row(record)  # fmt: skip
         num_steps = (num_tiles + 1) // 2
         kv_head = head // group_size
         first, second = pair_of(
@@ -266,7 +245,7 @@ def consumer(
         (
             partial_first, num_partial, full_first, full_start,
             num_edges, num_masked, num_tiles, last_edge,
-        ) = load_walk(record)  # fmt: skip
+        ) = load_steps_of_row(record)  # fmt: skip
         num_steps = (num_tiles + 1) // 2
         num_masked = (num_masked + (num_tiles & 1) + 1) // 2
         accumulator = gl.zeros([TILE, DIM], gl.float32, OUT)

@@ -33,17 +33,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_blocksparse.ops.hopper.backward_kernel import (
+from hf_blocksparse.ops.hopper.compat import tma_load
+from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, load_mask, read_mask
+from hf_blocksparse.ops.hopper.tiles import (
     clear_foreign_rows,
     entry_of,
-    load_steps,
+    load_steps_of_column,
+    load_steps_of_row,
     store_part,
     store_rows,
     straddles,
 )
-from hf_blocksparse.ops.hopper.compat import tma_load
-from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, load_mask, read_mask
-from hf_blocksparse.ops.hopper.small_forward_kernel import load_walk
 
 TILE = gl.constexpr(64)
 WORDS = gl.constexpr(2)  # of a row of a mask
@@ -114,7 +114,7 @@ def key_pass_producer(
             (
                 partial_first, num_partial, full_first, full_start,
                 num_edges, num_masked, num_tiles, last_edge,
-            ) = load_steps(record)  # fmt: skip
+            ) = load_steps_of_column(record)  # fmt: skip
             terms = (batch * num_heads + head).to(gl.int64) * query_rows
             entry = entry_of(
                 0, partial_first, num_partial, full_first, full_start, num_edges, last_edge
@@ -455,7 +455,7 @@ def query_pass_producer(
         (
             partial_first, num_partial, full_first, full_start,
             num_edges, num_masked, num_tiles, last_edge,
-        ) = load_walk(record)  # fmt: skip
+        ) = load_steps_of_row(record)  # fmt: skip
         kv_head = head // group_size
         where = [batch, head, query_row, 0]
         mbarrier.wait(query_free, (turn & 1) ^ 1)
@@ -581,7 +581,7 @@ def query_pass_consumer(
         (
             partial_first, num_partial, full_first, full_start,
             num_edges, num_masked, num_tiles, last_edge,
-        ) = load_walk(record)  # fmt: skip
+        ) = load_steps_of_row(record)  # fmt: skip
         rows = row + gl.arange(0, TILE, gl.SliceLayout(1, SCORES))
         is_own = (rows >= q_begin) & (rows < q_end)
         terms = (batch * num_heads + head).to(gl.int64) * query_rows
