@@ -252,10 +252,6 @@ def consumer(
         no_scores = gl.zeros([TILE, PAIR], gl.float32, SCORES)
         query_buffer = queries.index(0).reshape([TILE, DIM])
         slot = number % STAGES
-        mask = load_mask_of_pair(
-            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
-            indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
-        )  # fmt: skip
 
         # The first step: there is no accumulator yet, and no maximum.
         mbarrier.wait(query_filled, turn & 1)
@@ -268,10 +264,8 @@ def consumer(
         scores = warpgroup_mma(
             query, ring.index(slot).permute([1, 0]), no_scores, use_acc=False, is_async=True
         )
-        # The next mask's words are on their way during a step.
-        next_mask = load_mask_of_pair(
-            gl.where(num_masked > 1, 1, 0),
-            partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
+        mask = load_mask_of_pair(
+            0, partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
             indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
         )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[scores])
@@ -293,9 +287,8 @@ def consumer(
             )
             mbarrier.wait(filled.index(value_slot), ((number + 1) // STAGES) & 1)
             accumulator = warpgroup_mma(weights, ring.index(value_slot), accumulator, is_async=True)
-            mask = next_mask
-            next_mask = load_mask_of_pair(
-                gl.minimum(step + 1, num_masked - 1),
+            mask = load_mask_of_pair(
+                step,
                 partial_first, num_partial, full_first, full_start, num_edges, num_tiles, last_edge,
                 indices, mask_ids, bank, key_shift, kv_begin, kv_end, no_scores,
             )  # fmt: skip
