@@ -390,6 +390,10 @@ def forward_constants(head_dim: int) -> dict[str, Any]:
         DIM=_padded(head_dim),
         STAGES=4 if is_small else 2,
         Q_IN_REGISTERS=is_small,
+        SCORES_AHEAD=False,
+        POLYNOMIALS=None,
+        PINNED=False,
+        TAKES_TURNS=True,
         CONSUMER_REGISTERS=240,
         PRODUCER_REGISTERS=24,
     )

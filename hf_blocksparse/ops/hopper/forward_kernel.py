@@ -47,6 +47,37 @@ FLOOR = gl.constexpr(
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
+def some_by_polynomial(count: int) -> str:
+    """Instructions for `2^x` of eight numbers `x <= 0`, `count` of them by a polynomial on the units that multiply and add.
+
+    The units for `2^x` compute 16 numbers a clock, which at head size 64 takes as long as the products. With `n = round(x)`, which adding
+    and taking away 1.5 * 2^23 gives, `2^x = 2^n * 2^(x - n)`; `n` is added to the exponent's bits, and the polynomial on [-1/2, 1/2] is the
+    one of degree 4 with the least relative error, 2.7e-6 ("FlashAttention-4" does the same). Below -126 the result is 2^-126.
+    """
+    lines = [".reg .f32 x, n, p; .reg .b32 m, q;"]
+    for number in range(8):
+        result, given = f"${number}", f"${number + 8}"
+        if number % 2 or number >= 2 * count:
+            lines.append(f"ex2.approx.ftz.f32 {result}, {given};")
+            continue
+        lines += [
+            f"max.ftz.f32 x, {given}, 0fC2FC0000;",
+            "add.rn.ftz.f32 n, x, 0f4B400000;",
+            "sub.rn.ftz.f32 p, n, 0f4B400000;",
+            "sub.rn.ftz.f32 x, x, p;",
+            "fma.rn.ftz.f32 p, x, 0f3C1CCBEB, 0f3D650A20;",
+            "fma.rn.ftz.f32 p, p, x, 0f3E76036D;",
+            "fma.rn.ftz.f32 p, p, x, 0f3F31706E;",
+            "fma.rn.ftz.f32 p, p, x, 0f3F7FFFF4;",
+            "mov.b32 m, n;",
+            "mov.b32 q, p;",
+            "shl.b32 m, m, 23;",
+            "add.s32 q, q, m;",
+            f"mov.b32 {result}, q;",
+        ]
+    return "{" + " ".join(lines) + "}"
+
+
 @gluon.jit
 def load_steps(record):
     """Where the steps of a tile lie in the lists; see `work.RECORD`."""
@@ -150,10 +181,22 @@ def own_sums(probabilities):
 
 
 @gluon.jit
-def update(scores, running_max, running_sums, score_scale):
+def exp2(x, POLYNOMIALS: gl.constexpr):
+    """`2^x` for `x <= 0`; with `POLYNOMIALS`, of `some_by_polynomial`, at least 2^-126."""
+    if POLYNOMIALS is None:
+        return gl.exp2(x)
+    else:
+        return gl.inline_asm_elementwise(
+            POLYNOMIALS, "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x],
+            dtype=gl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+
+
+@gluon.jit
+def update(scores, running_max, running_sums, score_scale, POLYNOMIALS: gl.constexpr):
     """Probabilities, what earlier ones shrink by, and the next maximum and sums."""
     new_max = gl.maximum(running_max, gl.max(scores, 1) * score_scale)
-    probabilities = gl.exp2(scores * score_scale - gl.expand_dims(new_max, 1))
+    probabilities = exp2(scores * score_scale - gl.expand_dims(new_max, 1), POLYNOMIALS)
     shrink = gl.exp2(running_max - new_max)
     sums = own_sums(probabilities)
     shrink_sums = gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))
@@ -206,6 +249,60 @@ def clear_foreign_values(
 
 
 @gluon.jit
+def multiply_values(
+    weights, accumulator, number, first, values, value_filled, STAGES: gl.constexpr
+):
+    """Starts the product of the weights of the step before step `number`; before the tile's first one those are 0."""
+    DIM: gl.constexpr = accumulator.shape[1]
+    before = gl.maximum(number - 1, first)
+    slot = before % STAGES
+    mbarrier.wait(value_filled.index(slot), (before // STAGES) & 1)
+    return warpgroup_mma(
+        weights, values.index(slot).reshape([TILE, DIM]), accumulator, is_async=True
+    )
+
+
+@gluon.jit
+def take_step_ahead(
+    scores, weights, accumulator, running_max, running_sums, number, first,
+    query, keys, values, key_filled, key_free, value_filled, value_free,
+    score_scale, STAGES: gl.constexpr, POLYNOMIALS: gl.constexpr,
+    MY_TURN: gl.constexpr, OTHERS_TURN: gl.constexpr, TAKES_TURNS: gl.constexpr,
+):  # fmt: skip
+    """Weights of step `number`, whose scores are there, while the tensor cores add up the values of the step before and compute the
+    scores of the next one, which it returns.
+    """
+    DTYPE: gl.constexpr = keys.dtype
+    DIM: gl.constexpr = accumulator.shape[1]
+    SCORES: gl.constexpr = scores.type.layout
+    PROBABILITIES: gl.constexpr = weights.type.layout
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
+    no_scores = gl.zeros([HALF, TILE], gl.float32, SCORES)
+    slot = (number + 1) % STAGES
+    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
+    if TAKES_TURNS:
+        pair_barrier_sync(MY_TURN)
+    key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
+    next_scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+    accumulator = multiply_values(weights, accumulator, number, first, values, value_filled, STAGES)
+    if TAKES_TURNS:
+        pair_barrier_arrive(OTHERS_TURN)
+    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
+    probabilities, shrink, running_max, running_sums = update(
+        scores, running_max, running_sums, score_scale, POLYNOMIALS
+    )
+    weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
+    next_scores, accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
+        0, deps=[next_scores, accumulator, weights, running_max, running_sums, shrink]
+    )
+    mbarrier.arrive(key_free.index(slot))
+    mbarrier.arrive(value_free.index((number + STAGES - 1) % STAGES), pred=number > first)
+    accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
+    return next_scores, weights, accumulator, running_max, running_sums
+
+
+@gluon.jit
 def consumer(
     CONSUMER: gl.constexpr,
     out_desc, out, out_batch_stride, out_head_stride, out_row_stride, lse,
@@ -214,7 +311,8 @@ def consumer(
     queries, keys, values,
     query_filled, query_free, key_filled, key_free, value_filled, value_free,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, SCORES_AHEAD: gl.constexpr, POLYNOMIALS: gl.constexpr,
+    PINNED: gl.constexpr, TAKES_TURNS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = out_desc.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -232,7 +330,7 @@ def consumer(
     turn = 0
     tile_begin = gl.load(offsets + gl.program_id(0))
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
-    if CONSUMER == 1:
+    if CONSUMER == 1 and TAKES_TURNS:
         pair_barrier_arrive(OTHERS_TURN)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
@@ -264,10 +362,12 @@ def consumer(
                 gl.DotOperandLayout(operand_index=0, parent=SCORES, k_width=2)
             )
         mbarrier.wait(key_filled.index(slot), parity)
-        pair_barrier_sync(MY_TURN)
+        if TAKES_TURNS:
+            pair_barrier_sync(MY_TURN)
         key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
         scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-        pair_barrier_arrive(OTHERS_TURN)
+        if TAKES_TURNS:
+            pair_barrier_arrive(OTHERS_TURN)
         # The output of the tile before has left its slot for queries.
         tma.store_wait(0)
         mbarrier.arrive(
@@ -285,78 +385,139 @@ def consumer(
                 values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
                 key_row, key_rows, kv_begin, kv_end, CONSUMER,
             )  # fmt: skip
-        running_max = gl.maximum(gl.max(scores, 1) * score_scale, FLOOR)
-        probabilities = gl.exp2(scores * score_scale - gl.expand_dims(running_max, 1))
-        running_sums = own_sums(probabilities)
-        weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-
-        for step in range(1, num_masked):
-            last_slot = slot
-            last_parity = parity
-            number += 1
-            slot = number % STAGES
-            parity = (number // STAGES) & 1
-            entry = masked_entry(
-                step, partial_first, num_partial, full_first, full_last, full_start
+        if SCORES_AHEAD:
+            first = number
+            running_max = gl.full([HALF], FLOOR, gl.float32, ROWS)
+            running_sums = own_sums(no_scores)
+            # What the first step adds for the one before it, which there is not.
+            weights = gl.convert_layout(no_scores.to(DTYPE), PROBABILITIES)
+            for step in range(1, num_masked):
+                entry = masked_entry(
+                    step, partial_first, num_partial, full_first, full_last, full_start
+                )
+                mask_id = gl.load(mask_ids + entry)
+                key_row = gl.load(indices + entry) * TILE + key_shift
+                mask = load_mask(
+                    bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+                )
+                scores, weights, accumulator, running_max, running_sums = take_step_ahead(
+                    scores, weights, accumulator, running_max, running_sums, number, first,
+                    query, keys, values, key_filled, key_free, value_filled, value_free,
+                    score_scale, STAGES, None, MY_TURN, OTHERS_TURN, TAKES_TURNS,
+                )  # fmt: skip
+                number += 1
+                scores = apply_mask(scores, mask)
+                slot = number % STAGES
+                clear_foreign_values(
+                    values.index(slot).reshape([TILE, DIM]),
+                    value_filled.index(slot), (number // STAGES) & 1,
+                    key_row, key_rows, kv_begin, kv_end, CONSUMER,
+                )  # fmt: skip
+            # Where no step had a mask, the scores of the first full one are there.
+            for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
+                scores, weights, accumulator, running_max, running_sums = take_step_ahead(
+                    scores, weights, accumulator, running_max, running_sums, number, first,
+                    query, keys, values, key_filled, key_free, value_filled, value_free,
+                    score_scale, STAGES, POLYNOMIALS, MY_TURN, OTHERS_TURN, TAKES_TURNS,
+                )  # fmt: skip
+                number += 1
+            accumulator = multiply_values(
+                weights, accumulator, number, first, values, value_filled, STAGES
             )
-            mask_id = gl.load(mask_ids + entry)
-            key_row = gl.load(indices + entry) * TILE + key_shift
-            mbarrier.wait(key_filled.index(slot), parity)
-            pair_barrier_sync(MY_TURN)
-            key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
-            scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-            mbarrier.wait(value_filled.index(last_slot), last_parity)
-            accumulator = warpgroup_mma(
-                weights, values.index(last_slot).reshape([TILE, DIM]), accumulator, is_async=True
-            )
-            pair_barrier_arrive(OTHERS_TURN)
-            mask = load_mask(
-                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
-            )
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(key_free.index(slot))
-            scores = apply_mask(scores, mask)
             probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
+                scores, running_max, running_sums, score_scale, None
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
                 0, deps=[accumulator, weights, running_max, running_sums, shrink]
             )
-            mbarrier.arrive(value_free.index(last_slot))
+            mbarrier.arrive(value_free.index((number + STAGES - 1) % STAGES), pred=number > first)
             accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
-            clear_foreign_values(
-                values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
-                key_row, key_rows, kv_begin, kv_end, CONSUMER,
-            )  # fmt: skip
-
-        # The same without a mask. Where no step had one, the first full one was peeled off.
-        for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
-            last_slot = slot
-            last_parity = parity
-            number += 1
             slot = number % STAGES
             parity = (number // STAGES) & 1
-            mbarrier.wait(key_filled.index(slot), parity)
-            pair_barrier_sync(MY_TURN)
-            key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
-            scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-            mbarrier.wait(value_filled.index(last_slot), last_parity)
-            accumulator = warpgroup_mma(
-                weights, values.index(last_slot).reshape([TILE, DIM]), accumulator, is_async=True
-            )
-            pair_barrier_arrive(OTHERS_TURN)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(key_free.index(slot))
-            probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
-            )
+        else:
+            running_max = gl.maximum(gl.max(scores, 1) * score_scale, FLOOR)
+            probabilities = gl.exp2(scores * score_scale - gl.expand_dims(running_max, 1))
+            running_sums = own_sums(probabilities)
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-            accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
-                0, deps=[accumulator, weights, running_max, running_sums, shrink]
-            )
-            mbarrier.arrive(value_free.index(last_slot))
-            accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
+
+            for step in range(1, num_masked):
+                last_slot = slot
+                last_parity = parity
+                number += 1
+                slot = number % STAGES
+                parity = (number // STAGES) & 1
+                entry = masked_entry(
+                    step, partial_first, num_partial, full_first, full_last, full_start
+                )
+                mask_id = gl.load(mask_ids + entry)
+                key_row = gl.load(indices + entry) * TILE + key_shift
+                mbarrier.wait(key_filled.index(slot), parity)
+                pair_barrier_sync(MY_TURN)
+                key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
+                scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+                mbarrier.wait(value_filled.index(last_slot), last_parity)
+                accumulator = warpgroup_mma(
+                    weights,
+                    values.index(last_slot).reshape([TILE, DIM]),
+                    accumulator,
+                    is_async=True,
+                )
+                pair_barrier_arrive(OTHERS_TURN)
+                mask = load_mask(
+                    bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+                )
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(key_free.index(slot))
+                scores = apply_mask(scores, mask)
+                probabilities, shrink, running_max, running_sums = update(
+                    scores, running_max, running_sums, score_scale, None
+                )
+                weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+                if PINNED:
+                    mbarrier.wait(value_filled.index(last_slot), last_parity)
+                accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
+                    0, deps=[accumulator, weights, running_max, running_sums, shrink]
+                )
+                mbarrier.arrive(value_free.index(last_slot))
+                accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
+                clear_foreign_values(
+                    values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
+                    key_row, key_rows, kv_begin, kv_end, CONSUMER,
+                )  # fmt: skip
+
+            # The same without a mask. Where no step had one, the first full one was peeled off.
+            for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
+                last_slot = slot
+                last_parity = parity
+                number += 1
+                slot = number % STAGES
+                parity = (number // STAGES) & 1
+                mbarrier.wait(key_filled.index(slot), parity)
+                pair_barrier_sync(MY_TURN)
+                key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
+                scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+                mbarrier.wait(value_filled.index(last_slot), last_parity)
+                accumulator = warpgroup_mma(
+                    weights,
+                    values.index(last_slot).reshape([TILE, DIM]),
+                    accumulator,
+                    is_async=True,
+                )
+                pair_barrier_arrive(OTHERS_TURN)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(key_free.index(slot))
+                probabilities, shrink, running_max, running_sums = update(
+                    scores, running_max, running_sums, score_scale, POLYNOMIALS
+                )
+                weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+                if PINNED:
+                    mbarrier.wait(value_filled.index(last_slot), last_parity)
+                accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
+                    0, deps=[accumulator, weights, running_max, running_sums, shrink]
+                )
+                mbarrier.arrive(value_free.index(last_slot))
+                accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
 
         mbarrier.wait(value_filled.index(slot), parity)
         accumulator = warpgroup_mma(
@@ -400,7 +561,7 @@ def consumer(
                 mask=gl.expand_dims(is_own, 1) & gl.expand_dims(dims < HEAD_DIM, 0),
             )
     tma.store_wait(0)
-    if CONSUMER == 0:
+    if CONSUMER == 0 and TAKES_TURNS:
         pair_barrier_sync(MY_TURN)
 
 
@@ -430,6 +591,10 @@ def forward_kernel(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
+    SCORES_AHEAD: gl.constexpr,
+    POLYNOMIALS: gl.constexpr,
+    PINNED: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -466,14 +631,14 @@ def forward_kernel(
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, SCORES_AHEAD, POLYNOMIALS, PINNED, TAKES_TURNS,
             )),
             (consumer, (
                 1, out_desc, out, out_batch_stride, out_head_stride, out_row_stride, lse,
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, SCORES_AHEAD, POLYNOMIALS, PINNED, TAKES_TURNS,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, records, offsets, indices, group_size,
