@@ -11,7 +11,7 @@ parts, no slots and no second kernel. Slots take at most `1 / PART` tiles of dK 
 tiles of 128 rows and heads of 128, at any length.
 
 Rows are not split. A row is read by one head, so that with two global tiles of queries (BigBird in both directions) its length passes the
-share of one of 132 multiprocessors only where batch rows and query heads together are fewer than about 12, at any length.
+share of one of 132 multiprocessors only where query heads times batch rows are fewer than about 13, at any length.
 """
 
 from __future__ import annotations
