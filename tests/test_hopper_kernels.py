@@ -372,6 +372,7 @@ def short_parts(request, monkeypatch):
     launch_add_parts = launch.launch_add_parts
     monkeypatch.setattr(launch, "launch_add_parts", add_parts)
     monkeypatch.setattr(column_parts, "SHORTEST_PART", request.param)
+    monkeypatch.setattr(column_parts, "SHORT", 2)
     return added
 
 

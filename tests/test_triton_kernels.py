@@ -481,6 +481,7 @@ def in_parts(monkeypatch):
     launch_add_parts = launch.launch_add_parts
     monkeypatch.setattr(launch, "launch_add_parts", add_parts)
     monkeypatch.setattr(column_parts, "SHORTEST_PART", 1)
+    monkeypatch.setattr(column_parts, "SHORT", 2)
     monkeypatch.setattr(column_parts, "PROGRAMS_PER_MULTIPROCESSOR", 256)
     monkeypatch.setattr(column_parts, "_column_parts", WeakKeyDictionary())
     return made
