@@ -11,7 +11,9 @@ for use `n // STAGES` of a slot names that number's parity. Q has two slots per 
 in, which is therefore free when the next tile has begun and the copy has been read out.
 
 A consumer starts the product of the next scores together with that of the last probabilities, and takes turns with the other one:
-while one has its products on the tensor cores, the other computes probabilities.
+while one has its products on the tensor cores, the other computes probabilities. The compiler would wait for the product of the last
+probabilities before it computes the next ones; with `OVERLAPS_VALUES` it comes to a barrier in between, a wait that is over at once, past
+which it moves neither.
 
 The steps of a tile are those with a mask, the first of them peeled off, then those without. A mask has a word of bits per query and 32
 keys, -1 for a full tile at an end of the sequence; keys outside the sequence are cleared from the words. Such keys' values are somebody
@@ -249,60 +251,6 @@ def clear_foreign_values(
 
 
 @gluon.jit
-def multiply_values(
-    weights, accumulator, number, first, values, value_filled, STAGES: gl.constexpr
-):
-    """Starts the product of the weights of the step before step `number`; before the tile's first one those are 0."""
-    DIM: gl.constexpr = accumulator.shape[1]
-    before = gl.maximum(number - 1, first)
-    slot = before % STAGES
-    mbarrier.wait(value_filled.index(slot), (before // STAGES) & 1)
-    return warpgroup_mma(
-        weights, values.index(slot).reshape([TILE, DIM]), accumulator, is_async=True
-    )
-
-
-@gluon.jit
-def take_step_ahead(
-    scores, weights, accumulator, running_max, running_sums, number, first,
-    query, keys, values, key_filled, key_free, value_filled, value_free,
-    score_scale, STAGES: gl.constexpr, POLYNOMIALS: gl.constexpr,
-    MY_TURN: gl.constexpr, OTHERS_TURN: gl.constexpr, TAKES_TURNS: gl.constexpr,
-):  # fmt: skip
-    """Weights of step `number`, whose scores are there, while the tensor cores add up the values of the step before and compute the
-    scores of the next one, which it returns.
-    """
-    DTYPE: gl.constexpr = keys.dtype
-    DIM: gl.constexpr = accumulator.shape[1]
-    SCORES: gl.constexpr = scores.type.layout
-    PROBABILITIES: gl.constexpr = weights.type.layout
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
-    no_scores = gl.zeros([HALF, TILE], gl.float32, SCORES)
-    slot = (number + 1) % STAGES
-    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
-    if TAKES_TURNS:
-        pair_barrier_sync(MY_TURN)
-    key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
-    next_scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-    accumulator = multiply_values(weights, accumulator, number, first, values, value_filled, STAGES)
-    if TAKES_TURNS:
-        pair_barrier_arrive(OTHERS_TURN)
-    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
-    probabilities, shrink, running_max, running_sums = update(
-        scores, running_max, running_sums, score_scale, POLYNOMIALS
-    )
-    weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-    mbarrier.wait(key_filled.index(slot), ((number + 1) // STAGES) & 1)
-    next_scores, accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
-        0, deps=[next_scores, accumulator, weights, running_max, running_sums, shrink]
-    )
-    mbarrier.arrive(key_free.index(slot))
-    mbarrier.arrive(value_free.index((number + STAGES - 1) % STAGES), pred=number > first)
-    accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
-    return next_scores, weights, accumulator, running_max, running_sums
-
-
-@gluon.jit
 def consumer(
     CONSUMER: gl.constexpr,
     out_desc, out, out_batch_stride, out_head_stride, out_row_stride, lse,
@@ -311,8 +259,7 @@ def consumer(
     queries, keys, values,
     query_filled, query_free, key_filled, key_free, value_filled, value_free,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, SCORES_AHEAD: gl.constexpr, POLYNOMIALS: gl.constexpr,
-    PINNED: gl.constexpr, TAKES_TURNS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OVERLAPS_VALUES: gl.constexpr, POLYNOMIALS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = out_desc.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -330,7 +277,7 @@ def consumer(
     turn = 0
     tile_begin = gl.load(offsets + gl.program_id(0))
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
-    if CONSUMER == 1 and TAKES_TURNS:
+    if CONSUMER == 1:
         pair_barrier_arrive(OTHERS_TURN)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
@@ -362,12 +309,10 @@ def consumer(
                 gl.DotOperandLayout(operand_index=0, parent=SCORES, k_width=2)
             )
         mbarrier.wait(key_filled.index(slot), parity)
-        if TAKES_TURNS:
-            pair_barrier_sync(MY_TURN)
+        pair_barrier_sync(MY_TURN)
         key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
         scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-        if TAKES_TURNS:
-            pair_barrier_arrive(OTHERS_TURN)
+        pair_barrier_arrive(OTHERS_TURN)
         # The output of the tile before has left its slot for queries.
         tma.store_wait(0)
         mbarrier.arrive(
@@ -385,139 +330,82 @@ def consumer(
                 values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
                 key_row, key_rows, kv_begin, kv_end, CONSUMER,
             )  # fmt: skip
-        if SCORES_AHEAD:
-            first = number
-            running_max = gl.full([HALF], FLOOR, gl.float32, ROWS)
-            running_sums = own_sums(no_scores)
-            # What the first step adds for the one before it, which there is not.
-            weights = gl.convert_layout(no_scores.to(DTYPE), PROBABILITIES)
-            for step in range(1, num_masked):
-                entry = masked_entry(
-                    step, partial_first, num_partial, full_first, full_last, full_start
-                )
-                mask_id = gl.load(mask_ids + entry)
-                key_row = gl.load(indices + entry) * TILE + key_shift
-                mask = load_mask(
-                    bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
-                )
-                scores, weights, accumulator, running_max, running_sums = take_step_ahead(
-                    scores, weights, accumulator, running_max, running_sums, number, first,
-                    query, keys, values, key_filled, key_free, value_filled, value_free,
-                    score_scale, STAGES, None, MY_TURN, OTHERS_TURN, TAKES_TURNS,
-                )  # fmt: skip
-                number += 1
-                scores = apply_mask(scores, mask)
-                slot = number % STAGES
-                clear_foreign_values(
-                    values.index(slot).reshape([TILE, DIM]),
-                    value_filled.index(slot), (number // STAGES) & 1,
-                    key_row, key_rows, kv_begin, kv_end, CONSUMER,
-                )  # fmt: skip
-            # Where no step had a mask, the scores of the first full one are there.
-            for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
-                scores, weights, accumulator, running_max, running_sums = take_step_ahead(
-                    scores, weights, accumulator, running_max, running_sums, number, first,
-                    query, keys, values, key_filled, key_free, value_filled, value_free,
-                    score_scale, STAGES, POLYNOMIALS, MY_TURN, OTHERS_TURN, TAKES_TURNS,
-                )  # fmt: skip
-                number += 1
-            accumulator = multiply_values(
-                weights, accumulator, number, first, values, value_filled, STAGES
+        running_max = gl.maximum(gl.max(scores, 1) * score_scale, FLOOR)
+        probabilities = gl.exp2(scores * score_scale - gl.expand_dims(running_max, 1))
+        running_sums = own_sums(probabilities)
+        weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+
+        for step in range(1, num_masked):
+            last_slot = slot
+            last_parity = parity
+            number += 1
+            slot = number % STAGES
+            parity = (number // STAGES) & 1
+            entry = masked_entry(
+                step, partial_first, num_partial, full_first, full_last, full_start
             )
+            mask_id = gl.load(mask_ids + entry)
+            key_row = gl.load(indices + entry) * TILE + key_shift
+            mbarrier.wait(key_filled.index(slot), parity)
+            pair_barrier_sync(MY_TURN)
+            key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
+            scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+            mbarrier.wait(value_filled.index(last_slot), last_parity)
+            accumulator = warpgroup_mma(
+                weights, values.index(last_slot).reshape([TILE, DIM]), accumulator, is_async=True
+            )
+            pair_barrier_arrive(OTHERS_TURN)
+            mask = load_mask(
+                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+            )
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(key_free.index(slot))
+            scores = apply_mask(scores, mask)
             probabilities, shrink, running_max, running_sums = update(
                 scores, running_max, running_sums, score_scale, None
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+            if OVERLAPS_VALUES:
+                mbarrier.wait(value_filled.index(last_slot), last_parity)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
                 0, deps=[accumulator, weights, running_max, running_sums, shrink]
             )
-            mbarrier.arrive(value_free.index((number + STAGES - 1) % STAGES), pred=number > first)
+            mbarrier.arrive(value_free.index(last_slot))
             accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
+            clear_foreign_values(
+                values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
+                key_row, key_rows, kv_begin, kv_end, CONSUMER,
+            )  # fmt: skip
+
+        # The same without a mask. Where no step had one, the first full one was peeled off.
+        for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
+            last_slot = slot
+            last_parity = parity
+            number += 1
             slot = number % STAGES
             parity = (number // STAGES) & 1
-        else:
-            running_max = gl.maximum(gl.max(scores, 1) * score_scale, FLOOR)
-            probabilities = gl.exp2(scores * score_scale - gl.expand_dims(running_max, 1))
-            running_sums = own_sums(probabilities)
+            mbarrier.wait(key_filled.index(slot), parity)
+            pair_barrier_sync(MY_TURN)
+            key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
+            scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+            mbarrier.wait(value_filled.index(last_slot), last_parity)
+            accumulator = warpgroup_mma(
+                weights, values.index(last_slot).reshape([TILE, DIM]), accumulator, is_async=True
+            )
+            pair_barrier_arrive(OTHERS_TURN)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(key_free.index(slot))
+            probabilities, shrink, running_max, running_sums = update(
+                scores, running_max, running_sums, score_scale, POLYNOMIALS
+            )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-
-            for step in range(1, num_masked):
-                last_slot = slot
-                last_parity = parity
-                number += 1
-                slot = number % STAGES
-                parity = (number // STAGES) & 1
-                entry = masked_entry(
-                    step, partial_first, num_partial, full_first, full_last, full_start
-                )
-                mask_id = gl.load(mask_ids + entry)
-                key_row = gl.load(indices + entry) * TILE + key_shift
-                mbarrier.wait(key_filled.index(slot), parity)
-                pair_barrier_sync(MY_TURN)
-                key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
-                scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
+            if OVERLAPS_VALUES:
                 mbarrier.wait(value_filled.index(last_slot), last_parity)
-                accumulator = warpgroup_mma(
-                    weights,
-                    values.index(last_slot).reshape([TILE, DIM]),
-                    accumulator,
-                    is_async=True,
-                )
-                pair_barrier_arrive(OTHERS_TURN)
-                mask = load_mask(
-                    bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
-                )
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(key_free.index(slot))
-                scores = apply_mask(scores, mask)
-                probabilities, shrink, running_max, running_sums = update(
-                    scores, running_max, running_sums, score_scale, None
-                )
-                weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-                if PINNED:
-                    mbarrier.wait(value_filled.index(last_slot), last_parity)
-                accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
-                    0, deps=[accumulator, weights, running_max, running_sums, shrink]
-                )
-                mbarrier.arrive(value_free.index(last_slot))
-                accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
-                clear_foreign_values(
-                    values.index(slot).reshape([TILE, DIM]), value_filled.index(slot), parity,
-                    key_row, key_rows, kv_begin, kv_end, CONSUMER,
-                )  # fmt: skip
-
-            # The same without a mask. Where no step had one, the first full one was peeled off.
-            for _ in range(full_first + gl.where(num_masked > 0, 0, 1), full_last):
-                last_slot = slot
-                last_parity = parity
-                number += 1
-                slot = number % STAGES
-                parity = (number // STAGES) & 1
-                mbarrier.wait(key_filled.index(slot), parity)
-                pair_barrier_sync(MY_TURN)
-                key_tile = keys.index(slot).reshape([TILE, DIM]).permute([1, 0])
-                scores = warpgroup_mma(query, key_tile, no_scores, use_acc=False, is_async=True)
-                mbarrier.wait(value_filled.index(last_slot), last_parity)
-                accumulator = warpgroup_mma(
-                    weights,
-                    values.index(last_slot).reshape([TILE, DIM]),
-                    accumulator,
-                    is_async=True,
-                )
-                pair_barrier_arrive(OTHERS_TURN)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(key_free.index(slot))
-                probabilities, shrink, running_max, running_sums = update(
-                    scores, running_max, running_sums, score_scale, POLYNOMIALS
-                )
-                weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
-                if PINNED:
-                    mbarrier.wait(value_filled.index(last_slot), last_parity)
-                accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
-                    0, deps=[accumulator, weights, running_max, running_sums, shrink]
-                )
-                mbarrier.arrive(value_free.index(last_slot))
-                accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
+            accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
+                0, deps=[accumulator, weights, running_max, running_sums, shrink]
+            )
+            mbarrier.arrive(value_free.index(last_slot))
+            accumulator = accumulator * gl.expand_dims(gl.convert_layout(shrink, OUT_ROWS), 1)
 
         mbarrier.wait(value_filled.index(slot), parity)
         accumulator = warpgroup_mma(
@@ -561,7 +449,7 @@ def consumer(
                 mask=gl.expand_dims(is_own, 1) & gl.expand_dims(dims < HEAD_DIM, 0),
             )
     tma.store_wait(0)
-    if CONSUMER == 0 and TAKES_TURNS:
+    if CONSUMER == 0:
         pair_barrier_sync(MY_TURN)
 
 
@@ -591,10 +479,8 @@ def forward_kernel(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
+    OVERLAPS_VALUES: gl.constexpr,
     POLYNOMIALS: gl.constexpr,
-    PINNED: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -631,14 +517,14 @@ def forward_kernel(
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, SCORES_AHEAD, POLYNOMIALS, PINNED, TAKES_TURNS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, OVERLAPS_VALUES, POLYNOMIALS,
             )),
             (consumer, (
                 1, out_desc, out, out_batch_stride, out_head_stride, out_row_stride, lse,
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, SCORES_AHEAD, POLYNOMIALS, PINNED, TAKES_TURNS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, OVERLAPS_VALUES, POLYNOMIALS,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, records, offsets, indices, group_size,
