@@ -23,7 +23,7 @@ from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingW
 from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
-from hf_blocksparse.ops.triton import column_parts
+from hf_blocksparse.ops.triton import column_parts, launch
 from hf_blocksparse.sequences import Sequences
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -318,9 +318,22 @@ def test_backward_matches_dense_attention_at_random(seed):
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
-    case = replace(CASES["bigbird"], head_dim=head_dim)
-    shape = (1, 4, 2, 2048, 2048, head_dim, head_dim)
-    query, key, value = make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
+    check_reproducible(replace(CASES["bigbird"], head_dim=head_dim))
+
+
+def check_reproducible(case: Case) -> None:
+    """The gradients of key and value, bit for bit."""
+    query, key, value = make_qkv(
+        case.batch,
+        case.heads,
+        case.kv_heads,
+        case.query_len,
+        case.keys,
+        case.head_dim,
+        case.head_dim,
+        dtype=case.dtype,
+        device="cuda",
+    )
     problem = problem_of(case, "cuda")
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
     given = (torch.randn_like(query), None, query, key, value, out, lse, problem, problem.scale)
@@ -328,6 +341,61 @@ def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
     for _ in range(20):
         _, *again = hopper.backward(*given, (True,) * 3)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+IN_PARTS = (
+    "full",
+    "causal",
+    "bigbird",
+    "bigbird, both directions",
+    "random blocks of 16, rows without keys",
+    "another layout per head",
+    "head size 64",
+    "head size 96",
+    "documents",
+    "documents, both directions",
+    "padding",
+    "tiles that start before the sequence",
+    "a cache that dropped old keys",
+)
+
+
+@pytest.fixture(params=[1, 3])
+def short_parts(request, monkeypatch):
+    """Parts have so many steps at least. How often the sums of parts were added up."""
+    added = []
+
+    def add_parts(*arguments):
+        added.append(arguments)
+        launch_add_parts(*arguments)
+
+    launch_add_parts = launch.launch_add_parts
+    monkeypatch.setattr(launch, "launch_add_parts", add_parts)
+    monkeypatch.setattr(column_parts, "SHORTEST_PART", request.param)
+    monkeypatch.setattr(column_parts, "SHORT", 2)
+    return added
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_backward_in_parts_matches_dense_attention(name, dtype, short_parts):
+    case = replace(CASES[name], dtype=dtype)
+    check_backward(case, has_grad_lse=dtype == torch.bfloat16)
+    # With a part of one step every column of three and more is split.
+    assert short_parts or column_parts.SHORTEST_PART > 1
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(16))
+def test_backward_in_parts_matches_dense_attention_at_random(seed, short_parts):
+    check_backward(random_case(seed), has_grad_lse=seed % 2 == 0)
+
+
+@on_hopper
+def test_gradients_in_parts_are_bitwise_reproducible(short_parts):
+    check_reproducible(replace(CASES["bigbird"], kv_heads=1))
+    assert short_parts
 
 
 @on_hopper
@@ -629,14 +697,8 @@ def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
         assert torch.equal(walk_columns(case), case.mask())
 
 
-@pytest.fixture
-def short_parts(monkeypatch):
-    """Key tiles are split wherever there are more steps than a multiprocessor's share, as long ones are."""
-    monkeypatch.setattr(column_parts, "SHORTEST_PART", 1)
-
-
 @without_gpu
-@pytest.mark.parametrize("name", [*WALKED, "bigbird", "documents, both directions"])
+@pytest.mark.parametrize("name", IN_PARTS[5:])
 def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once(name, short_parts):
     """So many multiprocessors that all but the shortest tiles are split, some of them inside of a head, some between two."""
     case = CASES[name]
@@ -644,7 +706,7 @@ def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once(name, short_parts
 
 
 @without_gpu
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once_at_random(seed, short_parts):
     case = random_case(seed)
     if case.index(case.sequences("cpu")).num_tiles:

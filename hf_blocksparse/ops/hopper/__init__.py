@@ -563,13 +563,18 @@ def _run_two_passes(
 @cache
 def forward_constants(head_dim: int) -> dict[str, Any]:
     """What the forward kernel is compiled for besides the types of its arguments."""
-    # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not.
+    from hf_blocksparse.ops.hopper.forward_kernel import some_by_polynomial
+
+    # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not. There the exponentials take as
+    # long as the products, so they are what is sped up; with 128 columns the products decide, and waiting later for them was slower.
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
         STAGES=4 if is_small else 2,
         Q_IN_REGISTERS=is_small,
+        OVERLAPS_VALUES=is_small,
+        POLYNOMIALS=some_by_polynomial(1) if is_small else None,
         CONSUMER_REGISTERS=240,
         PRODUCER_REGISTERS=24,
     )

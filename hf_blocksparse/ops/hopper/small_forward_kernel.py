@@ -296,7 +296,7 @@ def consumer(
             mbarrier.arrive(free.index(slot))
             scores = apply_mask(scores, mask)
             probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
+                scores, running_max, running_sums, score_scale, None
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
@@ -319,7 +319,7 @@ def consumer(
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(free.index(slot))
             probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
+                scores, running_max, running_sums, score_scale, None
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(

@@ -11,7 +11,7 @@ parts, no slots and no second kernel. Slots take at most `1 / PART` tiles of dK 
 tiles of 128 rows and heads of 128, at any length.
 
 Rows are not split. A row is read by one head, so that with two global tiles of queries (BigBird in both directions) its length passes the
-share of one of 132 multiprocessors only where batch rows and query heads together are fewer than about 12, at any length.
+share of one of 132 multiprocessors only where query heads times batch rows are fewer than about 13, at any length.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ LONG = 5, 4
 PART = 1, 2
 """Of a program's share: what a part has at least. Parts of this size are dealt out evenly, and there are few of them to add up."""
 SHORTEST_PART = 16
-"""Steps of a part at least: fewer take no longer than the launch of another kernel."""
+"""Steps of a part at least."""
+SHORT = 6
+"""A column of up to so many shortest parts stays whole: it takes no longer than the CPU does to issue a backward, which another kernel
+and its tensors make longer."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """Programs of the portable kernel that a multiprocessor runs at a time."""
 ROWS_AT_ONCE = 16
@@ -108,7 +111,7 @@ def count_parts(steps: Tensor, num_programs: int) -> Tensor | None:
     total = steps.sum()
     part = (total * PART[0] // (PART[1] * num_programs)).clamp(min=SHORTEST_PART)
     is_long = steps * (LONG[1] * num_programs) > total * LONG[0]
-    is_long &= steps > 2 * SHORTEST_PART
+    is_long &= steps > SHORT * SHORTEST_PART
     return torch.where(is_long, steps // part, 1) if bool(is_long.any()) else None
 
 
@@ -233,7 +236,7 @@ def column_parts_for(
         heads, kv_heads: of query and key.
         tile_q, tile_kv: tile sizes of the kernel.
     """
-    if heads // kv_heads * index.num_q_tiles <= 2 * SHORTEST_PART:
+    if heads // kv_heads * index.num_q_tiles <= SHORT * SHORTEST_PART:
         return None
     kept = known(_column_parts, index, sequences)
     case = heads, kv_heads, tile_q, tile_kv
