@@ -26,8 +26,9 @@ from triton.runtime.jit import MockTensor
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
 from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
+from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
+from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
 from hf_blocksparse.ops.hopper.small_forward_kernel import small_forward_kernel
-from hf_blocksparse.ops.hopper.two_pass_kernels import key_pass_kernel, query_pass_kernel
 
 CAPABILITY = 90
 PARTS_OF_TWO_PRODUCTS = 12  # instructions, at head size 64

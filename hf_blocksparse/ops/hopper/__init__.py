@@ -449,8 +449,9 @@ def _run_two_passes(
     grad_value: Tensor,
 ) -> None:
     """Writes the gradients that `needed` names, of the rows that the sequences own."""
+    from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
+    from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
     from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
-    from hf_blocksparse.ops.hopper.two_pass_kernels import key_pass_kernel, query_pass_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
     from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
