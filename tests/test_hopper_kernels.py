@@ -732,6 +732,54 @@ def test_work_of_key_tiles_is_balanced_by_parts():
     assert make_column_schedule(case.index(sequences), sequences, 4, 1, 8).split is None
 
 
+def run_instructions(instructions: str, given: torch.Tensor) -> torch.Tensor:
+    """What `some_by_polynomial`'s instructions make of float32 [8, n]."""
+    values = {f"${place}": row for place, row in enumerate(given, 8)}
+
+    def read(name: str) -> torch.Tensor:
+        if name.startswith("0f"):
+            bits = int(name[2:], 16)
+            bits -= (bits >> 31) << 32
+            return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        return torch.tensor(int(name)) if name.isdigit() else values[name]
+
+    operations = {
+        "ex2": torch.exp2,
+        "max": torch.maximum,
+        "add": torch.add,
+        "sub": torch.sub,
+        "fma": lambda a, b, c: (a.double() * b.double() + c.double()).float(),
+        "shl": torch.bitwise_left_shift,
+        "mov": lambda a: a,
+    }
+    for line in instructions.strip("{} ").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        name, *kind = operation.split(".")
+        if not name or kind == []:
+            continue
+        if name in operations:
+            target, *sources = operands.split(", ")
+            dtype = torch.float32 if kind[-1] == "f32" else torch.int32
+            of_dtype = [x if x.dim() == 0 else x.view(dtype) for x in map(read, sources)]
+            values[target] = operations[name](*of_dtype)
+    return torch.stack([values[f"${place}"].view(torch.float32) for place in range(8)])
+
+
+@without_gpu
+@pytest.mark.parametrize("count", [1, 4])
+def test_powers_of_two_by_polynomial(count):
+    from hf_blocksparse.ops.hopper.forward_kernel import some_by_polynomial
+
+    instructions = some_by_polynomial(count)
+    assert instructions.count("ex2") == 8 - count
+    given = torch.cat((torch.linspace(-126, 0, 100001), torch.tensor([0.0, -0.5, -125.5, -1.5])))
+    got = run_instructions(instructions, given.expand(8, -1))
+    exact = given.double().exp2()
+    assert ((got.double() - exact).abs() <= 3e-6 * exact).all()
+    below = run_instructions(instructions, torch.full((8, 1), -3.0e38))
+    assert (below >= 0).all() and (below <= 2.0**-126).all()
+
+
 def as_handed_over(part: torch.Tensor) -> torch.Tensor:
     """A 64 x 64 part of dQ in the order in which `backward_kernel.hand_over` leaves it."""
     return part.reshape(4, 2, 4, 2, 4, 2, 4, 2).permute(4, 1, 0, 2, 3, 6, 5, 7).flatten()
