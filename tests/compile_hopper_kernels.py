@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from triton.runtime.jit import MockTensor
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
 from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
+from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
+from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
+from hf_blocksparse.ops.hopper.small_forward_kernel import small_forward_kernel
 
 CAPABILITY = 90
 PARTS_OF_TWO_PRODUCTS = 12  # instructions, at head size 64
@@ -36,6 +40,13 @@ VARIANTS = (
     ("backward", 64, torch.bfloat16),
     ("backward", 96, torch.float16),
     ("backward", 128, torch.bfloat16),
+    ("backward in parts", 64, torch.bfloat16),
+    ("backward in parts", 128, torch.bfloat16),
+    *(
+        (kernel, head_dim, dtype)
+        for kernel in ("small_forward", "key_pass", "query_pass")
+        for head_dim, dtype in ((64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16))
+    ),
 )
 
 
@@ -59,9 +70,11 @@ def pointer(dtype: torch.dtype) -> MockTensor:
     return MockTensor(dtype, [1 << 20])
 
 
-def descriptor(rows: int, head_dim: int, dtype: torch.dtype) -> TensorDescriptor:
+def descriptor(
+    rows: int, head_dim: int, dtype: torch.dtype, columns: int | None = None
+) -> TensorDescriptor:
     shape = [2, 4, 1000, head_dim]
-    columns = 64 if head_dim <= 64 else 128
+    columns = columns or hopper._padded(head_dim)
     strides = [4 * 1000 * head_dim, head_dim, 4 * head_dim, 1]
     layout = hopper._layout(rows, columns, dtype)
     return TensorDescriptor(MockTensor(dtype, shape), shape, strides, [1, 1, rows, columns], layout)
@@ -96,10 +109,10 @@ def compile_forward(head_dim: int, dtype: torch.dtype) -> Any:
     )
 
 
-def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
+def compile_backward(head_dim: int, dtype: torch.dtype, in_parts: bool = False) -> Any:
     int_pointer = pointer(torch.int32)
     float_pointer = pointer(torch.float32)
-    constants = hopper.backward_constants(head_dim)
+    constants = hopper.backward_constants(head_dim, in_parts)
     rows = descriptor(constants["STEP"], head_dim, dtype)
     half = descriptor(hopper.TILE // 2, head_dim, dtype)
     sums = MockTensor(torch.float32, [1 << 10, 32])
@@ -118,6 +131,8 @@ def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
         strides,
         float_pointer,
         float_pointer,
+        float_pointer,
+        float_pointer,
         int_pointer,
         int_pointer,
         int_pointer,
@@ -134,6 +149,91 @@ def compile_backward(head_dim: int, dtype: torch.dtype) -> Any:
         enable_fp_fusion=True,
         **constants,
     )
+
+
+def strides_of(head_dim: int) -> tuple[int, int, int]:
+    return 4 * 1000 * head_dim, head_dim, 4 * head_dim
+
+
+def compile_small_forward(head_dim: int, dtype: torch.dtype) -> Any:
+    int_pointer = pointer(torch.int32)
+    rows = descriptor(hopper.SMALL_TILE, head_dim, dtype)
+    squares = descriptor(hopper.SMALL_TILE, head_dim, dtype, hopper.SMALL_TILE)
+    return small_forward_kernel.warmup(
+        rows,
+        squares,
+        squares,
+        rows,
+        pointer(dtype),
+        strides_of(head_dim),
+        pointer(torch.float32),
+        *(int_pointer,) * 5,
+        0.1,
+        4,
+        2,
+        1000,
+        1000,
+        grid=(1,),
+        enable_fp_fusion=True,
+        **hopper.SMALL_OPTIONS,
+        **hopper.small_forward_constants(head_dim),
+    )
+
+
+def compile_key_pass(head_dim: int, dtype: torch.dtype) -> Any:
+    int_pointer, float_pointer = pointer(torch.int32), pointer(torch.float32)
+    rows = descriptor(hopper.SMALL_TILE, head_dim, dtype)
+    return key_pass_kernel.warmup(
+        *(rows,) * 6,
+        pointer(dtype),
+        strides_of(head_dim),
+        pointer(dtype),
+        strides_of(head_dim),
+        *(float_pointer,) * 4,
+        *(int_pointer,) * 5,
+        0.1,
+        0.1,
+        4,
+        2,
+        1000,
+        1000,
+        grid=(1,),
+        enable_fp_fusion=True,
+        **hopper.SMALL_OPTIONS,
+        **hopper.key_pass_constants(head_dim),
+    )
+
+
+def compile_query_pass(head_dim: int, dtype: torch.dtype) -> Any:
+    int_pointer, float_pointer = pointer(torch.int32), pointer(torch.float32)
+    rows = descriptor(hopper.SMALL_TILE, head_dim, dtype)
+    return query_pass_kernel.warmup(
+        *(rows,) * 5,
+        pointer(dtype),
+        strides_of(head_dim),
+        *(float_pointer,) * 2,
+        *(int_pointer,) * 5,
+        0.1,
+        0.1,
+        4,
+        2,
+        1000,
+        1000,
+        grid=(1,),
+        enable_fp_fusion=True,
+        **hopper.SMALL_OPTIONS,
+        **hopper.query_pass_constants(head_dim),
+    )
+
+
+COMPILERS = {
+    "forward": compile_forward,
+    "backward": partial(compile_backward, in_parts=False),
+    "backward in parts": partial(compile_backward, in_parts=True),
+    "small_forward": compile_small_forward,
+    "key_pass": compile_key_pass,
+    "query_pass": compile_query_pass,
+}
 
 
 def ptxas_report(ptx: str) -> tuple[list[str], int]:
@@ -180,8 +280,7 @@ def disassemble(cubin: bytes) -> str:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     for kernel, head_dim, dtype in VARIANTS:
-        compile_kernel = compile_forward if kernel == "forward" else compile_backward
-        compiled = compile_kernel(head_dim, dtype)
+        compiled = COMPILERS[kernel](head_dim, dtype)
         serialized, spilled = ptxas_report(compiled.asm["ptx"])
         record = {
             "kernel": kernel,

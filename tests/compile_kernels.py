@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
+from hf_blocksparse.ops.triton.column_parts import ROWS_AT_ONCE, add_parts_kernel
 from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
 from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
@@ -49,16 +50,17 @@ class Case:
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
     gathered: bool = False  # from strips
+    in_parts: bool = False  # some key tiles in several programs
 
 
 # Every head size, dtype and family of tiles, features on and off, at least once; not their product.
 CASES = (
     Case("bf16", 128, 128, group_size=1),
-    Case("bf16", 64, 1),
+    Case("bf16", 64, 1, in_parts=True),
     Case("fp16", 80, 32, value_dim=64, features=True),
-    Case("bf16", 256, 64, aligned=False),
+    Case("bf16", 256, 64, aligned=False, in_parts=True),
     Case("fp32", 64, 16, features=True),
-    Case("bf16", 128, 16, gathered=True),
+    Case("bf16", 128, 16, gathered=True, in_parts=True),
     Case("fp16", 256, 16, gathered=True, features=True),
 )
 
@@ -165,6 +167,10 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     else:
         arguments["grad_key"] = rows(case, case.dtype)
         arguments["grad_value"] = rows(case, case.dtype)
+        arguments["num_kv_heads"] = INT
+        arguments["programs"] = int_pointer if case.in_parts else none
+        parts = pointer("fp32") if case.in_parts else none
+        arguments["key_parts"] = arguments["value_parts"] = parts
     return arguments
 
 
@@ -260,6 +266,26 @@ def compile_combine(target: GPUTarget, case: Case) -> Any:
     return compile_kernel(combine_kernel, arguments, target, {"enable_fp_fusion": True})
 
 
+def compile_add_parts(target: GPUTarget, case: Case, sizes: TileSizes) -> Any:
+    value_dim = case.value_dim or case.head_dim
+    arguments = {
+        "key_parts": pointer("fp32"),
+        "value_parts": pointer("fp32"),
+        "grad_key": rows(case, case.dtype),
+        "grad_value": rows(case, case.dtype),
+        "table": pointer("i32"),
+        "key_scale": FLOAT,
+        "value_scale": FLOAT,
+        "HEAD_DIM": Constant(case.head_dim),
+        "HEAD_DIM_PADDED": Constant(padded(case.head_dim)),
+        "VALUE_DIM": Constant(value_dim),
+        "VALUE_DIM_PADDED": Constant(padded(value_dim)),
+        "TILE_KV": Constant(sizes.tile_kv),
+        "ROWS": Constant(ROWS_AT_ONCE),
+    }
+    return compile_kernel(add_parts_kernel, arguments, target, {"enable_fp_fusion": True})
+
+
 def print_record(
     kernel: str, case: Case, sizes: TileSizes | DecodeSizes, compiled: Any, **more: Any
 ) -> None:
@@ -314,6 +340,8 @@ def main(name: str) -> None:
             print_record(
                 kernel_name, case, sizes, compile_kernel(kernel, arguments, target, options)
             )
+            if kernel_name == "grad_key_value" and case.in_parts:
+                print_record("add_parts", case, sizes, compile_add_parts(target, case, sizes))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingW
 from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.triton import column_parts, launch
 from hf_blocksparse.sequences import Sequences
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -76,15 +77,15 @@ class Case:
             covers_keys=False,
         )
 
-    def index(self, sequences: Sequences) -> BlockIndex:
+    def index(self, sequences: Sequences, tile: int = hopper.TILE) -> BlockIndex:
         return get_index(
             self.layout,
             sequences,
             is_causal=self.is_causal,
             attn_mask=None,
             num_heads=self.heads,
-            tile_q=hopper.TILE,
-            tile_kv=hopper.TILE,
+            tile_q=tile,
+            tile_kv=tile,
             device=sequences.table.device,
         )
 
@@ -188,13 +189,13 @@ WALKED = (
 )
 
 
-def problem_of(case: Case, device: str) -> Problem:
+def problem_of(case: Case, device: str, tile: int = hopper.TILE) -> Problem:
     sequences = case.sequences(device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return Problem(lambda *_: case.index(sequences), sequences, case.layout.grain, scale)
+    return Problem(lambda *_: case.index(sequences, tile), sequences, case.layout.grain, scale)
 
 
-def check(case: Case) -> None:
+def check(case: Case, tile: int = hopper.TILE) -> None:
     """Rows that belong to no sequence hold NaN, which must not show anywhere."""
     query, key, value = make_qkv(
         case.batch,
@@ -212,7 +213,7 @@ def check(case: Case) -> None:
     options = dict(scale=case.scale)
     exact = dense_attention(query.double(), key.double(), value.double(), mask, **options)
     other = torch_attention(query, key, value, mask, **options)
-    problem = problem_of(case, "cuda")
+    problem = problem_of(case, "cuda", tile)
     hide_foreign_rows(case, problem, [query], [key, value])
     assert hopper.unsupported_forward(query, key, value, None, problem) == ()
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
@@ -250,7 +251,7 @@ def test_forward_matches_dense_attention_in_float16(name):
     check(replace(CASES[name], dtype=torch.float16))
 
 
-def check_backward(case: Case, has_grad_lse: bool = True) -> None:
+def check_backward(case: Case, has_grad_lse: bool = True, tile: int = hopper.TILE) -> None:
     """As `check`; output and LSE are the exact ones, rounded, so that no other kernel takes part."""
     query, key, value = make_qkv(
         case.batch,
@@ -280,7 +281,7 @@ def check_backward(case: Case, has_grad_lse: bool = True) -> None:
     other = inputs.results(attend_by(dense_attention if has_grad_lse else torch_attention))
     out = torch.empty_like(query).copy_(exact.out)
     lse = exact.lse.float()
-    problem = problem_of(case, "cuda")
+    problem = problem_of(case, "cuda", tile)
     of_queries = [query, grad_out] if grad_lse is None else [query, grad_out, grad_lse]
     hide_foreign_rows(case, problem, of_queries, [key, value])
     assert hopper.unsupported_backward(query, key, value, None, problem) == ()
@@ -317,9 +318,22 @@ def test_backward_matches_dense_attention_at_random(seed):
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
-    case = replace(CASES["bigbird"], head_dim=head_dim)
-    shape = (1, 4, 2, 2048, 2048, head_dim, head_dim)
-    query, key, value = make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
+    check_reproducible(replace(CASES["bigbird"], head_dim=head_dim))
+
+
+def check_reproducible(case: Case) -> None:
+    """The gradients of key and value, bit for bit."""
+    query, key, value = make_qkv(
+        case.batch,
+        case.heads,
+        case.kv_heads,
+        case.query_len,
+        case.keys,
+        case.head_dim,
+        case.head_dim,
+        dtype=case.dtype,
+        device="cuda",
+    )
     problem = problem_of(case, "cuda")
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
     given = (torch.randn_like(query), None, query, key, value, out, lse, problem, problem.scale)
@@ -327,6 +341,61 @@ def test_gradients_of_key_and_value_are_bitwise_reproducible(head_dim):
     for _ in range(20):
         _, *again = hopper.backward(*given, (True,) * 3)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+IN_PARTS = (
+    "full",
+    "causal",
+    "bigbird",
+    "bigbird, both directions",
+    "random blocks of 16, rows without keys",
+    "another layout per head",
+    "head size 64",
+    "head size 96",
+    "documents",
+    "documents, both directions",
+    "padding",
+    "tiles that start before the sequence",
+    "a cache that dropped old keys",
+)
+
+
+@pytest.fixture(params=[1, 3])
+def short_parts(request, monkeypatch):
+    """Parts have so many steps at least. How often the sums of parts were added up."""
+    added = []
+
+    def add_parts(*arguments):
+        added.append(arguments)
+        launch_add_parts(*arguments)
+
+    launch_add_parts = launch.launch_add_parts
+    monkeypatch.setattr(launch, "launch_add_parts", add_parts)
+    monkeypatch.setattr(column_parts, "SHORTEST_PART", request.param)
+    monkeypatch.setattr(column_parts, "SHORT", 2)
+    return added
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_backward_in_parts_matches_dense_attention(name, dtype, short_parts):
+    case = replace(CASES[name], dtype=dtype)
+    check_backward(case, has_grad_lse=dtype == torch.bfloat16)
+    # With a part of one step every column of three and more is split.
+    assert short_parts or column_parts.SHORTEST_PART > 1
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(16))
+def test_backward_in_parts_matches_dense_attention_at_random(seed, short_parts):
+    check_backward(random_case(seed), has_grad_lse=seed % 2 == 0)
+
+
+@on_hopper
+def test_gradients_in_parts_are_bitwise_reproducible(short_parts):
+    check_reproducible(replace(CASES["bigbird"], kv_heads=1))
+    assert short_parts
 
 
 @on_hopper
@@ -349,19 +418,6 @@ def test_backward_takes_any_gradient_and_gives_what_is_needed():
     assert all(grad.count_nonzero() == 0 for grad in grads(None))
     assert grads(None, (False, True, False))[0] is grads(None, (False, True, False))[2] is None
     assert grads(None, (False, False, False)) == (None, None, None)
-
-
-@on_hopper
-def test_backward_is_refused_where_it_must_be_reproducible():
-    query = torch.zeros(1, 1, 8, 64, device="cuda", dtype=torch.float16)
-    problem = problem_of(CASES["one token"], "cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        reasons = hopper.unsupported_backward(query, query, query, None, problem)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "deterministic" in "; ".join(reasons)
-    assert hopper.unsupported_backward(query, query, query, None, problem) == ()
 
 
 def random_case(seed: int) -> Case:
@@ -445,49 +501,6 @@ def test_every_reason_against_the_forward_kernel_is_given():
     assert "query has strides" in reasons and "value has strides" not in reasons
 
 
-@pytest.mark.parametrize(
-    ("layout", "tile"),
-    [
-        (random_blocks(4, 2048, 128, 0.25, 0), 128),
-        (random_blocks(4, 2048, 64, 0.25, 0), 64),
-        (random_blocks(4, 2048, 32, 0.1, 0), 32),
-        (random_blocks(4, 2048, 16, 0.1, 0), 16),
-        (BigBird(64), 64),
-        (BigBird(64, window_blocks=17, global_blocks=0, random_blocks=0), 128),
-        (BigBird(16, window_blocks=65, global_blocks=0, random_blocks=0), 128),
-    ],
-    ids=[
-        "random 128",
-        "random 64",
-        "random 32",
-        "random 16",
-        "bigbird 64",
-        "window 64",
-        "window 16",
-    ],
-)
-def test_small_blocks_are_taken_where_they_fill_tiles(layout, tile):
-    where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
-
-    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
-        return get_index(
-            layout,
-            where,
-            is_causal=True,
-            attn_mask=None,
-            num_heads=4,
-            tile_q=tile_q,
-            tile_kv=tile_kv,
-            device=where.table.device,
-            strips=strips,
-        )
-
-    index = hopper._index_of(Problem(index_for, where, layout.grain, 1.0))
-    assert (index.tile_q, index.tile_kv) == (max(64, tile), tile)
-    if tile < 128:
-        assert index is index_for(64, tile), "the portable kernels would hold another one"
-
-
 def test_other_devices_are_refused():
     query = torch.zeros(1, 1, 8, 64)
     problem = problem_of(CASES["one token"], "cpu")
@@ -496,13 +509,12 @@ def test_other_devices_are_refused():
         assert reasons == ("the device is not of compute capability 9.0",)
 
 
-def walk(case: Case, num_multiprocessors: int) -> torch.Tensor:
+def walk(case: Case, num_multiprocessors: int, tile: int = hopper.TILE) -> torch.Tensor:
     """The mask that the lists of the work records add up to; every query row must be there once and every step valid."""
     from hf_blocksparse.ops.hopper.work import make_schedule
 
-    tile = hopper.TILE
     sequences = case.sequences("cpu")
-    index = case.index(sequences)
+    index = case.index(sequences, tile)
     schedule = make_schedule(index, sequences, case.heads, num_multiprocessors)
     assert schedule.num_programs <= num_multiprocessors
     bits, indices, mask_ids = index.bank_bits(), index.kv_indices, index.kv_mask_ids
@@ -579,15 +591,19 @@ def test_work_is_balanced():
     assert loads.max() <= 1.1 * loads.mean(), loads
 
 
-def walk_columns(case: Case) -> torch.Tensor:
-    """The mask that the backward kernel's work records add up to; every key row must be there once and every step valid."""
+def walk_columns(case: Case, num_multiprocessors: int = 5, tile: int = hopper.TILE) -> torch.Tensor:
+    """The mask that the backward kernel's work records add up to; every key row must be there once and every step valid.
+
+    Of key tiles in parts, the parts must lie in slots of their own, in the order in which they are added up.
+    """
     from hf_blocksparse.ops.hopper.work import make_column_schedule, transposed_bank
 
-    tile = hopper.TILE
     group = case.heads // case.kv_heads
     sequences = case.sequences("cpu")
-    index = case.index(sequences)
-    schedule = make_column_schedule(index, sequences, case.heads, case.kv_heads, 5)
+    index = case.index(sequences, tile)
+    schedule = make_column_schedule(
+        index, sequences, case.heads, case.kv_heads, num_multiprocessors
+    )
     words = transposed_bank(index)
     assert words.shape == (index.bank.shape[0], tile, tile // 32)
     bits = (words[..., None] >> torch.arange(32, dtype=torch.int32) & 1).bool().flatten(-2).mT
@@ -596,6 +612,13 @@ def walk_columns(case: Case) -> torch.Tensor:
     mask = torch.zeros(case.batch, case.heads, case.query_len, case.keys, dtype=torch.bool)
     seen = torch.zeros(case.batch, case.kv_heads, case.keys, dtype=torch.int32)
     slots: dict[int, tuple[int, int]] = {}
+    walked: dict[int, list[tuple[int, int, int]]] = {}
+    columns: dict[int, tuple[int, ...]] = {}
+    if schedule.split is not None:
+        for batch, head, *rows, first, count in schedule.split.table.tolist():
+            assert count > 1 and first == len(columns)
+            columns |= dict.fromkeys(range(first, first + count), (batch, head, *rows))
+        assert len(columns) == schedule.split.num_slots
     lengths: dict[tuple[int, int, int], int] = {}
     bounds = schedule.offsets.tolist()
     assert bounds == sorted(bounds) and bounds[0] == 0
@@ -608,12 +631,16 @@ def walk_columns(case: Case) -> torch.Tensor:
             partial, num_partial, full, starts, num_edges, num_masked, num_tiles, of_group = record[
                 9:17
             ]
+            last_edge, part = record[17:19]
             assert of_group == total
             assert head % group == member
             rows = torch.arange(kv_row, kv_row + tile)
             own = (rows >= kv_begin) & (rows < kv_end)
+            if part >= 0:
+                assert columns[part] == (batch, head // group, kv_row, kv_begin, kv_end)
             if member == 0:
-                seen[batch, head // group, rows[own]] += 1
+                if part < 0 or part == min(p for p in columns if columns[p] == columns[part]):
+                    seen[batch, head // group, rows[own]] += 1
                 of_head = owner, batch, head
                 assert total <= lengths.get(of_head, total), "long tiles of a head come first"
                 lengths[of_head] = total
@@ -621,26 +648,33 @@ def walk_columns(case: Case) -> torch.Tensor:
                 if step < num_partial:
                     entry = partial + step
                 elif step < num_partial + num_edges:
-                    full_end = full + num_tiles - num_partial - num_edges
-                    entry = full - 1 if step - num_partial < starts else full_end
+                    entry = full - 1 if step - num_partial < starts else last_edge
                 else:
                     entry = full + step - num_partial - num_edges
                 number, mask_id = indices[entry], mask_ids[entry]
-                columns = torch.arange(tile) + number * tile + shift
-                inside = (columns >= q_begin) & (columns < q_end)
+                if part >= 0:
+                    walked.setdefault(part, []).append((member, step >= num_masked, number))
+                queries = torch.arange(tile) + number * tile + shift
+                inside = (queries >= q_begin) & (queries < q_end)
                 if q_begin == q_end:
                     assert first_slot + number == -1 and num_masked == 1
                     continue
                 assert inside.any()
                 slot = first_slot + number
                 assert 0 <= slot < schedule.num_slots
-                assert slots.setdefault(slot, (batch, int(columns[0]))) == (batch, int(columns[0]))
+                assert slots.setdefault(slot, (batch, int(queries[0]))) == (batch, int(queries[0]))
                 if step >= num_masked:
                     assert mask_id == -1 and inside.all() and own.all()
                 kept = torch.ones(tile, tile, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
-                place = mask[batch, head, columns[inside][:, None], rows[own]]
+                place = mask[batch, head, queries[inside][:, None], rows[own]]
                 assert not (place & kept[inside][:, own]).any(), "a tile is walked twice"
-                mask[batch, head, columns[inside][:, None], rows[own]] |= kept[inside][:, own]
+                mask[batch, head, queries[inside][:, None], rows[own]] |= kept[inside][:, own]
+    assert walked.keys() == columns.keys()
+    for part in range(1, len(columns)):
+        if columns[part] == columns[part - 1]:
+            before, after = walked[part - 1], walked[part]
+            assert before[-1][:2] <= after[0][:2], "parts lie in the order of the steps"
+            assert abs(len(before) - len(after)) <= 1, "parts are of one size"
     expected = torch.zeros_like(seen)
     for batch, _, _, _, kv_row, kv_len, _ in sequences.table.tolist():
         expected[batch, :, kv_row : kv_row + kv_len] = 1
@@ -661,6 +695,89 @@ def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
     case = random_case(seed)
     if case.index(case.sequences("cpu")).num_tiles:
         assert torch.equal(walk_columns(case), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("name", IN_PARTS[5:])
+def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once(name, short_parts):
+    """So many multiprocessors that all but the shortest tiles are split, some of them inside of a head, some between two."""
+    case = CASES[name]
+    assert torch.equal(walk_columns(case, 200), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("seed", range(4))
+def test_work_lists_of_key_tiles_in_parts_hold_every_tile_once_at_random(seed, short_parts):
+    case = random_case(seed)
+    if case.index(case.sequences("cpu")).num_tiles:
+        assert torch.equal(walk_columns(case, 40), case.mask())
+
+
+@without_gpu
+def test_work_of_key_tiles_is_balanced_by_parts():
+    """Two columns that every query reads in four heads, all others short; nothing is split where all are alike."""
+    from hf_blocksparse.ops.hopper.work import COLUMN_GROUP_TILES, make_column_schedule
+
+    blocks = torch.eye(64, dtype=torch.bool)
+    blocks[:, :2] = True
+    case = Case(TensorLayout.from_tensor(blocks, 128), 8192, is_causal=False, heads=4, kv_heads=1)
+    sequences = case.sequences("cpu")
+    schedule = make_column_schedule(case.index(sequences), sequences, 4, 1, 8)
+    tiles = schedule.records[:, 0, COLUMN_GROUP_TILES].float()
+    loads = torch.cat((torch.zeros(1), tiles.cumsum(0)))[schedule.offsets.long()].diff()
+    assert loads.sum() == 4 * (2 * 64 + 62)
+    assert loads.max() <= 1.1 * loads.mean(), loads
+    assert schedule.split is not None and 2 * 5 <= schedule.split.num_slots <= 2 * 8
+    case = replace(case, layout=SlidingWindow(1024))
+    assert make_column_schedule(case.index(sequences), sequences, 4, 1, 8).split is None
+
+
+def run_instructions(instructions: str, given: torch.Tensor) -> torch.Tensor:
+    """What `some_by_polynomial`'s instructions make of float32 [8, n]."""
+    values = {f"${place}": row for place, row in enumerate(given, 8)}
+
+    def read(name: str) -> torch.Tensor:
+        if name.startswith("0f"):
+            bits = int(name[2:], 16)
+            bits -= (bits >> 31) << 32
+            return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        return torch.tensor(int(name)) if name.isdigit() else values[name]
+
+    operations = {
+        "ex2": torch.exp2,
+        "max": torch.maximum,
+        "add": torch.add,
+        "sub": torch.sub,
+        "fma": lambda a, b, c: (a.double() * b.double() + c.double()).float(),
+        "shl": torch.bitwise_left_shift,
+        "mov": lambda a: a,
+    }
+    for line in instructions.strip("{} ").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        name, *kind = operation.split(".")
+        if not name or kind == []:
+            continue
+        if name in operations:
+            target, *sources = operands.split(", ")
+            dtype = torch.float32 if kind[-1] == "f32" else torch.int32
+            of_dtype = [x if x.dim() == 0 else x.view(dtype) for x in map(read, sources)]
+            values[target] = operations[name](*of_dtype)
+    return torch.stack([values[f"${place}"].view(torch.float32) for place in range(8)])
+
+
+@without_gpu
+@pytest.mark.parametrize("count", [1, 4])
+def test_powers_of_two_by_polynomial(count):
+    from hf_blocksparse.ops.hopper.forward_kernel import some_by_polynomial
+
+    instructions = some_by_polynomial(count)
+    assert instructions.count("ex2") == 8 - count
+    given = torch.cat((torch.linspace(-126, 0, 100001), torch.tensor([0.0, -0.5, -125.5, -1.5])))
+    got = run_instructions(instructions, given.expand(8, -1))
+    exact = given.double().exp2()
+    assert ((got.double() - exact).abs() <= 3e-6 * exact).all()
+    below = run_instructions(instructions, torch.full((8, 1), -3.0e38))
+    assert (below >= 0).all() and (below <= 2.0**-126).all()
 
 
 def as_handed_over(part: torch.Tensor) -> torch.Tensor:

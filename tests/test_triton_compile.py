@@ -44,6 +44,7 @@ def test_kernels_compile_and_fit(compilations, target):
         "forward",
         "grad_query",
         "grad_key_value",
+        "add_parts",
         "decode",
         "combine",
     }

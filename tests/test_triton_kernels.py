@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from hf_blocksparse import (
 )
 from hf_blocksparse.ops import triton as triton_ops
 from hf_blocksparse.ops.philox import dropout_keep
-from hf_blocksparse.ops.triton import launch
+from hf_blocksparse.ops.triton import column_parts, launch
 from hf_blocksparse.ops.triton.tile_sizes import TileSizes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -378,7 +379,8 @@ def strips_used(monkeypatch):
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
-        used.add(constants["STRIP"])
+        if "STRIP" in constants:
+            used.add(constants["STRIP"])
         launch_as_ever(kernel, grid, arguments, constants, options)
 
     launch_as_ever = launch.launch
@@ -439,6 +441,117 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     strips_used.clear()
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
     assert strips_used == {0}
+
+
+IN_PARTS = {
+    "one key head for all": Scenario(SinkWindow(70, 30), 330, heads=4, kv_heads=1),
+    "bigbird": Scenario(BigBird(32), 230, is_causal=False, heads=4, kv_heads=2),
+    "another layout per head": Scenario(
+        PerHead((Dense(), WINDOW, SlidingWindow(1), Dense())), 200, heads=4, kv_heads=2
+    ),
+    "queries at the end": Scenario(Dense(), 130, 300, heads=2, kv_heads=1),
+    "documents and everything": Scenario(
+        Dense(),
+        330,
+        batch=2,
+        runs=((0, 0, 3), (0, 3, 280), (0, 285, 330), (1, 10, 330)),
+        heads=4,
+        kv_heads=2,
+        head_dim=24,
+        value_dim=40,
+        softcap=3.0,
+        sinks=True,
+        dropout_p=0.4,
+        alibi="by batch row and head",
+        grad_lse=True,
+        rows_outside_heads=True,
+    ),
+}
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Long columns are those of more than two steps, as if a GPU had nothing else to do; the numbers of parts and of split columns."""
+    made = []
+
+    def add_parts(split, *arguments):
+        made.append((split.num_slots, split.table.shape[0]))
+        launch_add_parts(split, *arguments)
+
+    launch_add_parts = launch.launch_add_parts
+    monkeypatch.setattr(launch, "launch_add_parts", add_parts)
+    monkeypatch.setattr(column_parts, "SHORTEST_PART", 1)
+    monkeypatch.setattr(column_parts, "SHORT", 2)
+    monkeypatch.setattr(column_parts, "PROGRAMS_PER_MULTIPROCESSOR", 256)
+    monkeypatch.setattr(column_parts, "_column_parts", WeakKeyDictionary())
+    return made
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_long_columns_in_parts_match_dense_attention_in_float32(name, device, in_parts):
+    check(IN_PARTS[name], device)
+    ((num_parts, num_columns),) = in_parts
+    assert num_parts > num_columns > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_columns_in_parts_match_dense_attention_in_float16(device, in_parts):
+    check(replace(IN_PARTS["documents and everything"], dtype=torch.float16), device)
+    assert in_parts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["whole columns and rows, documents", "everything"])
+def test_long_columns_of_strips_in_parts_match_dense_attention(
+    name, device, strips_used, tiles_of_64, in_parts
+):
+    check(GATHERED[name], device)
+    assert strips_used == {16} and in_parts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_long_columns_in_parts_match_dense_attention_on_tensor_cores(name, dtype, in_parts):
+    check(replace(IN_PARTS[name], dtype=dtype, head_dim=64, value_dim=None), "cuda")
+    assert in_parts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_long_columns_are_bitwise_reproducible(device, in_parts):
+    scenario = IN_PARTS["one key head for all"]
+    inputs = scenario.inputs(device)
+
+    def attend(query, key, value, _):
+        return block_sparse_attention(
+            query, key, value, scenario.layout, is_causal=True, return_lse=True, impl="triton"
+        )
+
+    first, second = inputs.results(attend), inputs.results(attend)
+    assert len(in_parts) == 2
+    assert torch.equal(first.grad_key, second.grad_key)
+    assert torch.equal(first.grad_value, second.grad_value)
+
+
+def test_parts_cover_every_step_once_in_order():
+    steps = torch.tensor([100, 7, 0, 64, 33, 1000, 5])
+    num_parts = column_parts.count_parts(steps, 10)
+    # A share is 120 steps: only the column of 1,000 is longer, and parts have 60 at least.
+    assert num_parts.tolist() == [1, 1, 1, 1, 1, 16, 1]
+    assert column_parts.count_parts(steps[:5], 2) is None
+    num_parts[2] = 0
+    parts = column_parts.cut(steps, num_parts)
+    assert parts.column.tolist() == [0, 1, 3, 4] + 16 * [5] + [6]
+    assert parts.slot.tolist() == 4 * [-1] + list(range(16)) + [-1]
+    for column in parts.column.unique().tolist():
+        begin, end = parts.begin[parts.column == column], parts.end[parts.column == column]
+        assert begin[0] == 0 and end[-1] == steps[column]
+        assert torch.equal(begin[1:], end[:-1])
+        assert (end - begin).max() - (end - begin).min() <= 1
+    columns = torch.arange(35).view(7, 5)
+    split = column_parts.split_columns(columns, num_parts)
+    assert split.table.tolist() == [[*columns[5].tolist(), 0, 16]] and split.num_slots == 16
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,9 @@ Beside `ops/triton`, whose kernels are the portable ones and the judge of these:
 here - softcap, sinks, ALiBi, dropout, float32, values of another size than the queries, head sizes above 128, tensors the TMA cannot
 address - is theirs.
 
+There are kernels with tiles of 128, and kernels with tiles of 64 for layouts that would leave much of those empty, or where results must
+be reproducible.
+
 Triton is imported at the first call, not with this module.
 """
 
@@ -18,13 +21,22 @@ from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
+from hf_blocksparse.sequences import Sequences
 
 DTYPES = (torch.float16, torch.bfloat16)
-TILE = 128
+TILE, SMALL_TILE = 128, 64
 LOG2_E = 1.4426950408889634
-PORTABLE_TILE = 64
-PORTABLE_RATE, GATHERED_RATE = 0.7, 0.5
-"""Coefficients that the portable kernels compute while these compute one: in tiles of 64, or in ones gathered from strips."""
+SMALL_RATE = 0.85
+"""Coefficients that the kernels with tiles of 64 compute while those with tiles of 128 compute one.
+
+On an NVIDIA H200 it is 0.76 to 0.89 forward and 0.98 to 1.07 backward for windows of 128 to 1,024 tokens, 0.87 to 0.91 and 0.84 to 0.90 for
+blocks of 64 and 128, 1.07 and 0.72 where every tile has a mask."""
+GATHERED_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
+"""Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
+
+On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both."""
+SMALL_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+"""Of kernels with tiles of 64: so many registers leave room for two programs on a multiprocessor."""
 ALIGNMENT_BYTES = 16
 """Of the address and of every stride but the last one's: what the TMA can address."""
 
@@ -46,7 +58,7 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _index_of(problem).tile_q == TILE
+        and _is_of_tiles(_index_of(problem))
     )
 
 
@@ -62,18 +74,33 @@ def takes_backward(
     return (
         not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
-        and _index_of(problem).tile_q == TILE
+        and _is_of_tiles(_index_of_backward(problem))
     )
 
 
-def _index_of(problem: Problem) -> BlockIndex:
-    """The index for these kernels' tiles, or one of the portable kernels' where small blocks fill those so much better that they win."""
+def _is_of_tiles(index: BlockIndex) -> bool:
+    return index.tile_q == index.tile_kv
+
+
+def _index_of(problem: Problem, largest: int = TILE) -> BlockIndex:
+    """The index for tiles of 64 or 128, whichever these kernels are faster with, or of strips where the portable kernels win with those.
+
+    `largest`: side of the tiles that may be chosen.
+    """
     block_size = problem.block_size
-    if block_size == 1 or block_size % TILE == 0:
-        return problem.index_for(TILE, TILE)
-    rate = PORTABLE_RATE if block_size >= PORTABLE_TILE else GATHERED_RATE
-    portable = Strips(PORTABLE_TILE, min(block_size, PORTABLE_TILE), rate)
-    return problem.index_for(TILE, TILE, False, portable)
+    if 1 < block_size < SMALL_TILE:
+        # Unions of them in tiles of 64 were nowhere faster than both.
+        strips = Strips(SMALL_TILE, block_size, GATHERED_RATES[largest])
+        return problem.index_for(largest, largest, False, strips)
+    if largest == SMALL_TILE or block_size % TILE == 0:
+        return problem.index_for(largest, largest)
+    return problem.index_for(TILE, TILE, False, Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE))
+
+
+def _index_of_backward(problem: Problem) -> BlockIndex:
+    """Tiles of 128 have their parts of dQ added up in no fixed order; the kernels with tiles of 64 are reproducible."""
+    is_fixed = torch.are_deterministic_algorithms_enabled()
+    return _index_of(problem, SMALL_TILE if is_fixed else TILE)
 
 
 class Operand(NamedTuple):
@@ -152,7 +179,7 @@ def unsupported_forward(
     problem: Problem,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[str, ...]:
-    """Every reason why the forward kernel cannot run a call that `ops/triton` can; empty if it can."""
+    """Every reason why the forward kernels cannot run a call that `ops/triton` can; empty if they can."""
     return _unsupported(query, key, value, sinks, problem, alibi_slopes)
 
 
@@ -164,13 +191,8 @@ def unsupported_backward(
     problem: Problem,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[str, ...]:
-    """Every reason why the backward kernel cannot run a call that `ops/triton` can; empty if it can."""
-    reasons = _unsupported(query, key, value, sinks, problem, alibi_slopes)
-    if torch.are_deterministic_algorithms_enabled():
-        reasons += (
-            "deterministic algorithms are asked for, and the order of its sums for dQ varies",
-        )
-    return reasons
+    """Every reason why the backward kernels cannot run a call that `ops/triton` can; empty if they can."""
+    return _unsupported(query, key, value, sinks, problem, alibi_slopes)
 
 
 def forward(
@@ -188,7 +210,6 @@ def forward(
         [batch, query_heads, query_len, head_dim] in query's dtype and order of axes in memory, and float32
         [batch, query_heads, query_len].
     """
-    from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
     from hf_blocksparse.ops.hopper.work import schedule_for
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
@@ -203,6 +224,42 @@ def forward(
         return out, lse
     with current_device(query.device):
         schedule = schedule_for(index, problem.sequences, heads)
+        out_strides = out.stride()[:3]
+        rest = (
+            lse,
+            schedule.records,
+            schedule.offsets,
+            index.kv_indices,
+            index.kv_mask_ids,
+            index.bank,
+            scale * LOG2_E,
+            heads,
+            heads // key.shape[1],
+            query_len,
+            key.shape[2],
+        )
+        if index.tile_q == SMALL_TILE:
+            from hf_blocksparse.ops.hopper.small_forward_kernel import small_forward_kernel
+
+            launch(
+                small_forward_kernel,
+                (schedule.num_programs, 1, 1),
+                (
+                    _descriptor(query, SMALL_TILE),
+                    _square_descriptor(key),
+                    _square_descriptor(value),
+                    _descriptor(out, SMALL_TILE),
+                    out,
+                    out_strides,
+                    *rest,
+                ),
+                small_forward_constants(head_dim),
+                SMALL_OPTIONS,
+                (query.dtype, out_strides),
+            )
+            return out, lse
+        from hf_blocksparse.ops.hopper.forward_kernel import forward_kernel
+
         launch(
             forward_kernel,
             (schedule.num_programs, 1, 1),
@@ -212,22 +269,12 @@ def forward(
                 _descriptor(value, TILE),
                 _descriptor(out, TILE // 2),
                 out,
-                *out.stride()[:3],
-                lse,
-                schedule.records,
-                schedule.offsets,
-                index.kv_indices,
-                index.kv_mask_ids,
-                index.bank,
-                scale * LOG2_E,
-                heads,
-                heads // key.shape[1],
-                query_len,
-                key.shape[2],
+                *out_strides,
+                *rest,
             ),
             forward_constants(head_dim),
             dict(num_warps=4),
-            (query.dtype, *out.stride()[:3]),
+            (query.dtype, *out_strides),
         )
     return out, lse
 
@@ -255,12 +302,12 @@ def backward(
 
     Returns:
         What `needed` names, each in its input's dtype and order of axes in memory, None elsewhere. The last bits of the gradient of query
-        differ from call to call.
+        differ from call to call, but for layouts that take tiles of 64 and where torch's deterministic algorithms are on.
     """
     from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
     from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
 
     if not any(needed[:3]):
@@ -268,7 +315,7 @@ def backward(
     batch, heads, query_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     sequences = problem.sequences
-    index = _index_of(problem)
+    index = _index_of_backward(problem)
     grads = [empty_rows_like(tensor, head_dim) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
@@ -276,20 +323,30 @@ def backward(
     if not sequences.covers_keys or not index.num_tiles:
         grad_key.zero_()
         grad_value.zero_()
-    if index.num_tiles:
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        elif _strides_for_tma(_operand(grad_out), grad_out.element_size()) is None:
-            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif _strides_for_tma(_operand(grad_out), grad_out.element_size()) is None:
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    if index.num_tiles and index.tile_q == SMALL_TILE:
+        _run_two_passes(
+            grad_out, grad_lse, query, key, value, out, lse, sequences, index, scale, needed,
+            grad_query, grad_key, grad_value,
+        )  # fmt: skip
+    elif index.num_tiles:
         dim = _padded(head_dim)
-        constants = backward_constants(head_dim)
         with current_device(query.device):
             schedule = column_schedule_for(index, sequences, heads, kv_heads)
+            split = schedule.split
+            constants = backward_constants(head_dim, split is not None)
             log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
             deltas = torch.empty_like(log2_sums)
             sums = query.new_empty(
                 schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
             )
+            key_parts = value_parts = sums  # not used
+            if split is not None:
+                rows = split.num_slots, TILE, dim
+                key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
             items = sequences.q_items(TILE)
             grid = (items.shape[0], heads, 1)
             log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
@@ -333,6 +390,8 @@ def backward(
                     grad_key.stride()[:3],
                     grad_value,
                     grad_value.stride()[:3],
+                    key_parts,
+                    value_parts,
                     log2_sums,
                     deltas,
                     schedule.records,
@@ -351,6 +410,8 @@ def backward(
                 dict(num_warps=4),
                 (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
             )
+            if split is not None:
+                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
             launch(
                 store_kernel,
                 grid,
@@ -371,31 +432,203 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+def _run_two_passes(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    index: BlockIndex,
+    scale: float,
+    needed: Sequence[bool],
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Writes the gradients that `needed` names, of the rows that the sequences own."""
+    from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
+    from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
+    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
+    from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    batch, heads, query_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    dim = _padded(head_dim)
+    counts = (heads, heads // kv_heads, query_len, kv_len)
+    with current_device(query.device):
+        log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
+        deltas = torch.empty_like(log2_sums)
+        items = sequences.q_items(TILE)
+        log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
+            StridedRows(tensor, tensor.stride()[:3])
+            for tensor in (log2_sums, deltas, out, grad_out, lse)
+        )
+        grad_lse_rows = StridedRows(None, (0, 0, 0))
+        if grad_lse is not None:
+            grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
+        launch(
+            prepare_kernel,
+            (items.shape[0], heads, 1),
+            (
+                out_rows,
+                grad_out_rows,
+                lse_rows,
+                grad_lse_rows,
+                log2_sum_rows,
+                delta_rows,
+                None,
+                items,
+                sequences.table,
+                None,
+            ),
+            dict(HEAD_DIM=head_dim, DIM=dim),
+            dict(num_warps=8),
+        )
+        inputs = (
+            _descriptor(query, SMALL_TILE),
+            _descriptor(key, SMALL_TILE),
+            _descriptor(value, SMALL_TILE),
+            _descriptor(grad_out, SMALL_TILE),
+        )
+        if needed[1] or needed[2]:
+            columns = column_schedule_for(index, sequences, heads, kv_heads)
+            split = columns.split
+            key_parts = value_parts = log2_sums  # not used
+            if split is not None:
+                slots = split.num_slots, SMALL_TILE, dim
+                key_parts, value_parts = query.new_empty(2, *slots, dtype=torch.float32)
+            key_strides, value_strides = grad_key.stride()[:3], grad_value.stride()[:3]
+            launch(
+                key_pass_kernel,
+                (columns.num_programs, 1, 1),
+                (
+                    *inputs,
+                    _descriptor(grad_key, SMALL_TILE),
+                    _descriptor(grad_value, SMALL_TILE),
+                    grad_key,
+                    key_strides,
+                    grad_value,
+                    value_strides,
+                    key_parts,
+                    value_parts,
+                    log2_sums,
+                    deltas,
+                    columns.records,
+                    columns.offsets,
+                    index.q_indices,
+                    index.q_mask_ids,
+                    transposed_bank(index),
+                    scale,
+                    scale * LOG2_E,
+                    *counts,
+                ),
+                key_pass_constants(head_dim),
+                SMALL_OPTIONS,
+                (query.dtype, key_strides, value_strides),
+            )
+            if split is not None:
+                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
+        if needed[0]:
+            rows = schedule_for(index, sequences, heads)
+            query_strides = grad_query.stride()[:3]
+            launch(
+                query_pass_kernel,
+                (rows.num_programs, 1, 1),
+                (
+                    *inputs,
+                    _descriptor(grad_query, SMALL_TILE),
+                    grad_query,
+                    query_strides,
+                    log2_sums,
+                    deltas,
+                    rows.records,
+                    rows.offsets,
+                    index.kv_indices,
+                    index.kv_mask_ids,
+                    index.bank,
+                    scale,
+                    scale * LOG2_E,
+                    *counts,
+                ),
+                query_pass_constants(head_dim),
+                SMALL_OPTIONS,
+                (query.dtype, query_strides),
+            )
+
+
 @cache
 def forward_constants(head_dim: int) -> dict[str, Any]:
     """What the forward kernel is compiled for besides the types of its arguments."""
-    # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not.
+    from hf_blocksparse.ops.hopper.forward_kernel import some_by_polynomial
+
+    # Queries of 64 columns fit into the consumers' registers beside everything else, those of 128 do not. There the exponentials take as
+    # long as the products, so they are what is sped up; with 128 columns the products decide, and waiting later for them was slower.
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
         STAGES=4 if is_small else 2,
         Q_IN_REGISTERS=is_small,
+        OVERLAPS_VALUES=is_small,
+        POLYNOMIALS=some_by_polynomial(1) if is_small else None,
         CONSUMER_REGISTERS=240,
         PRODUCER_REGISTERS=24,
     )
 
 
 @cache
-def backward_constants(head_dim: int) -> dict[str, Any]:
-    """What the backward kernel is compiled for besides the types of its arguments."""
+def backward_constants(head_dim: int, in_parts: bool) -> dict[str, Any]:
+    """What the backward kernel is compiled for besides the types of its arguments; `in_parts`: whether key tiles are split."""
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
         STEP=128 if is_small else 64,  # query rows of a step
+        IN_PARTS=in_parts,
         CONSUMER_REGISTERS=240,
         OTHERS_REGISTERS=24,
+    )
+
+
+@cache
+def small_forward_constants(head_dim: int) -> dict[str, Any]:
+    """What the forward kernel with tiles of 64 is compiled for besides the types of its arguments."""
+    is_small = head_dim <= 64
+    return dict(
+        HEAD_DIM=head_dim,
+        DIM=_padded(head_dim),
+        STAGES=6 if is_small else 3,
+        Q_IN_REGISTERS=is_small,
+        PRODUCER_REGISTERS=24,
+    )
+
+
+@cache
+def key_pass_constants(head_dim: int) -> dict[str, Any]:
+    """What the kernel of dK and dV with tiles of 64 is compiled for besides the types of its arguments."""
+    return dict(
+        HEAD_DIM=head_dim,
+        DIM=_padded(head_dim),
+        SLOTS=4 if head_dim <= 64 else 2,
+        PRODUCER_REGISTERS=24,
+    )
+
+
+@cache
+def query_pass_constants(head_dim: int) -> dict[str, Any]:
+    """What the kernel of dQ with tiles of 64 is compiled for besides the types of its arguments."""
+    is_small = head_dim <= 64
+    return dict(
+        HEAD_DIM=head_dim,
+        DIM=_padded(head_dim),
+        STAGES=10 if is_small else 5,
+        IN_REGISTERS=is_small,
+        PRODUCER_REGISTERS=24,
     )
 
 
@@ -403,17 +636,23 @@ def _padded(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128
 
 
-def _descriptor(tensor: Tensor, rows: int) -> Any:
-    """A descriptor of blocks of `rows` rows of one head; columns past the head size read as zero and are not written."""
+def _descriptor(tensor: Tensor, rows: int, columns: int | None = None) -> Any:
+    """A descriptor of blocks of `rows` rows of one head and `columns` columns, or all of them; columns past the head size read as zero
+    and are not written."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from hf_blocksparse.ops.triton.launch import descriptor_of
 
     strides = _strides_for_tma(_operand(tensor), tensor.element_size())
     assert strides is not None
-    columns = _padded(tensor.shape[-1])
+    columns = columns or _padded(tensor.shape[-1])
     layout = _layout(rows, columns, tensor.dtype)
     return descriptor_of(TensorDescriptor, tensor, strides, (1, 1, rows, columns), layout)
+
+
+def _square_descriptor(tensor: Tensor) -> Any:
+    """As `_descriptor`, of blocks of 64 rows and 64 columns."""
+    return _descriptor(tensor, SMALL_TILE, SMALL_TILE)
 
 
 def _sums_descriptor(sums: Tensor) -> Any:

@@ -39,59 +39,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_blocksparse.ops.hopper.compat import reinterpret, tma_add, tma_load, tma_store
+from hf_blocksparse.ops.hopper.compat import reinterpret, tma_add, tma_load
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, read_mask
+from hf_blocksparse.ops.hopper.tiles import (
+    HALF,
+    clear_foreign_rows,
+    entry_of,
+    load_steps_of_column,
+    store_part,
+    store_rows,
+    straddles,
+)
 
 TILE = gl.constexpr(128)
-HALF = gl.constexpr(64)  # key rows of one consumer
 SLOTS = gl.constexpr(2)  # for Q and dO, and for dS
 RECORD = gl.constexpr(20)
 PART_ROWS = gl.constexpr(128)  # of 32 numbers each: a 64 x 64 part of dQ in float32
-
-
-@gluon.jit
-def load_steps(record):
-    """Where a key tile's query tiles lie in the lists; see `work.COLUMN_RECORD`."""
-    partial_first = gl.load(record + 9)
-    num_partial = gl.load(record + 10)
-    full_first = gl.load(record + 11)
-    full_start = gl.load(record + 12)
-    num_edges = gl.load(record + 13)
-    num_masked = gl.load(record + 14)
-    num_tiles = gl.load(record + 15)
-    return partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles
-
-
-@gluon.jit
-def entry_of(place, partial_first, num_partial, full_first, full_start, num_edges, num_tiles):
-    """The entry of a list at `place`: partial ones, full ones at the sequence's start and end, then the other full ones."""
-    first_full = num_partial + num_edges
-    full_last = full_first + num_tiles - first_full
-    edge = gl.where(place - num_partial < full_start, full_first - 1, full_last)
-    entry = gl.where(place < first_full, edge, full_first + place - first_full)
-    return gl.where(place < num_partial, partial_first + place, entry)
-
-
-@gluon.jit
-def straddles(row, num_rows, begin, end, ROWS: gl.constexpr):
-    """Whether some of the rows from `row` on exist and lie outside `[begin, end)`."""
-    return (begin > gl.maximum(row, 0)) | (end < gl.minimum(row + ROWS, num_rows))
-
-
-@gluon.jit
-def clear_foreign_rows(ring, slot, first_row, begin, end, ROWS: gl.constexpr, DIM: gl.constexpr):
-    """Zeros the rows outside `[begin, end)` of the tile [ROWS, DIM] in slot `slot`, whose first row is `first_row`."""
-    # Eight rows of 64 columns are what the swizzle of such tiles repeats after.
-    ATOM: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    NUM_ATOMS: gl.constexpr = ROWS // 8 * (DIM // 64)
-    atoms = reinterpret(ring, ring.dtype, [ring.shape[0] * NUM_ATOMS, 8, 64], ATOM)
-    for atom in range(0, NUM_ATOMS):
-        rows = first_row + atom % (ROWS // 8) * 8 + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
-        is_own = gl.expand_dims((rows >= begin) & (rows < end), 1)
-        place = atoms.index(slot * NUM_ATOMS + atom)
-        tile = place.load(LAYOUT)
-        place.store(gl.where(is_own, tile, gl.zeros_like(tile)))
 
 
 @gluon.jit
@@ -165,13 +128,14 @@ def producer(
             query_shift = gl.load(record + 5)
             q_begin = gl.load(record + 6)
             q_end = gl.load(record + 7)
-            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
-                load_steps(record)
-            )
+            (
+                partial_first, num_partial, full_first, full_start,
+                num_edges, num_masked, num_tiles, last_edge,
+            ) = load_steps_of_column(record)  # fmt: skip
             terms = (batch * num_heads + head).to(gl.int64) * query_rows
             for walked in range(0, num_tiles):
                 entry = entry_of(
-                    walked, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+                    walked, partial_first, num_partial, full_first, full_start, num_edges, last_edge
                 )
                 tile_row = gl.load(indices + entry) * TILE + query_shift
                 mask_id = gl.load(mask_ids + entry)
@@ -230,12 +194,13 @@ def adder(
             record = records + (place * group_size + member) * RECORD
             head = gl.load(record + 1)
             first_slot = gl.load(record + 8)
-            partial_first, num_partial, full_first, full_start, num_edges, num_masked, num_tiles = (
-                load_steps(record)
-            )
+            (
+                partial_first, num_partial, full_first, full_start,
+                num_edges, num_masked, num_tiles, last_edge,
+            ) = load_steps_of_column(record)  # fmt: skip
             for walked in range(0, num_tiles):
                 entry = entry_of(
-                    walked, partial_first, num_partial, full_first, full_start, num_edges, num_tiles
+                    walked, partial_first, num_partial, full_first, full_start, num_edges, last_edge
                 )
                 tile = first_slot + gl.load(indices + entry)
                 for step in range(0, TILE // STEP):
@@ -376,45 +341,14 @@ def take_step(
 
 
 @gluon.jit
-def store_rows(
-    desc, pointer, batch_stride, head_stride, row_stride, result, staging,
-    batch, head, row, begin, end, num_rows,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr,
-):  # fmt: skip
-    """Stores [64, DIM] rows from `row` on, those inside `[begin, end)` only. The copy out of `staging` may go on after this."""
-    # Rows past the tensor's end are left out by the TMA; rows of another sequence, by hand.
-    if (row >= begin) & ((row + HALF <= end) | (end == num_rows)):
-        staging.reshape([HALF, DIM]).store(result)
-        fence_async_shared()
-        tma_store(desc, [batch, head, row, 0], staging)
-    else:
-        LAYOUT: gl.constexpr = result.type.layout
-        rows = row + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
-        dims = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
-        pointers = (
-            pointer
-            + batch.to(gl.int64) * batch_stride
-            + head.to(gl.int64) * head_stride
-            + gl.expand_dims(rows.to(gl.int64) * row_stride, 1)
-            + gl.expand_dims(dims, 0)
-        )
-        is_own = (rows >= begin) & (rows < end)
-        gl.store(
-            pointers,
-            result,
-            mask=gl.expand_dims(is_own, 1) & gl.expand_dims(dims < HEAD_DIM, 0),
-        )
-
-
-@gluon.jit
 def consumer(
     CONSUMER: gl.constexpr,
     grad_key_desc, grad_key, grad_key_strides, grad_value_desc, grad_value, grad_value_strides,
-    records, offsets, scale, score_scale, group_size, key_rows,
+    key_parts, value_parts, records, offsets, scale, score_scale, group_size, key_rows,
     keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks, grad_scores, sums,
     kv_filled, kv_free, query_filled, grad_out_filled, free,
     scores_filled, scores_free, sums_filled, sums_free,
-    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STEP: gl.constexpr, IN_PARTS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = keys.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -481,6 +415,13 @@ def consumer(
         row = gl.load(of_tile + 2) + CONSUMER * HALF
         kv_begin = gl.load(of_tile + 3)
         kv_end = gl.load(of_tile + 4)
+        if IN_PARTS:
+            # What is a part goes to its slot, and leaves no row for the stores below.
+            part = gl.load(of_tile + 18)
+            if part >= 0:
+                store_part(value_parts, part, value_sum, CONSUMER, TILE)
+                store_part(key_parts, part, key_sum, CONSUMER, TILE)
+            kv_end = gl.where(part >= 0, kv_begin, kv_end)
         staging = values.index(CONSUMER)
         store_rows(
             grad_value_desc, grad_value,
@@ -529,6 +470,8 @@ def backward_kernel(
     grad_key_strides,
     grad_value,
     grad_value_strides,
+    key_parts,
+    value_parts,
     log2_sums,
     deltas,
     records,
@@ -545,6 +488,7 @@ def backward_kernel(
     HEAD_DIM: gl.constexpr,
     DIM: gl.constexpr,
     STEP: gl.constexpr,
+    IN_PARTS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     OTHERS_REGISTERS: gl.constexpr,
 ):
@@ -552,7 +496,8 @@ def backward_kernel(
 
     `*_desc`: tensor descriptors of [batch, heads, rows, HEAD_DIM], in blocks of `STEP` rows (query, grad_out) or 64 (the others) and DIM
     columns; `grad_query_desc`: of float32 [parts * 128, 32], in parts of 128 rows, see `query_sums`; `grad_key`, `grad_value`,
-    `*_strides`: the same outputs by pointer; `log2_sums`, `deltas`: [batch, heads, rows]; `records`, `offsets`: `work.Schedule` of
+    `*_strides`: the same outputs by pointer; `key_parts`, `value_parts`: float32 [slots, 128, DIM] for the sums of key tiles in parts,
+    of which there are some if `IN_PARTS`; `log2_sums`, `deltas`: [batch, heads, rows]; `records`, `offsets`: `work.Schedule` of
     key tiles; `indices`, `mask_ids`: of the index's transpose; `bank`: `work.transposed_bank`; `query_rows`, `key_rows`: of the tensors.
     """
     DTYPE: gl.constexpr = query_desc.dtype
@@ -596,21 +541,21 @@ def backward_kernel(
         [
             (consumer, (
                 0, grad_key_desc, grad_key, grad_key_strides,
-                grad_value_desc, grad_value, grad_value_strides,
+                grad_value_desc, grad_value, grad_value_strides, key_parts, value_parts,
                 records, offsets, scale, score_scale, group_size, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP,
+                HEAD_DIM, DIM, STEP, IN_PARTS,
             )),
             (consumer, (
                 1, grad_key_desc, grad_key, grad_key_strides,
-                grad_value_desc, grad_value, grad_value_strides,
+                grad_value_desc, grad_value, grad_value_strides, key_parts, value_parts,
                 records, offsets, scale, score_scale, group_size, key_rows,
                 keys, values, queries, grad_outs, sums_of_rows, deltas_of_rows, masks,
                 grad_scores, sums, kv_filled, kv_free, query_filled, grad_out_filled, free,
                 scores_filled, scores_free, sums_filled, sums_free,
-                HEAD_DIM, DIM, STEP,
+                HEAD_DIM, DIM, STEP, IN_PARTS,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, grad_out_desc, log2_sums, deltas,

@@ -11,7 +11,9 @@ for use `n // STAGES` of a slot names that number's parity. Q has two slots per 
 in, which is therefore free when the next tile has begun and the copy has been read out.
 
 A consumer starts the product of the next scores together with that of the last probabilities, and takes turns with the other one:
-while one has its products on the tensor cores, the other computes probabilities.
+while one has its products on the tensor cores, the other computes probabilities. The compiler would wait for the product of the last
+probabilities before it computes the next ones; with `OVERLAPS_VALUES` it comes to a barrier in between, a wait that is over at once, past
+which it moves neither.
 
 The steps of a tile are those with a mask, the first of them peeled off, then those without. A mask has a word of bits per query and 32
 keys, -1 for a full tile at an end of the sequence; keys outside the sequence are cleared from the words. Such keys' values are somebody
@@ -35,7 +37,7 @@ from hf_blocksparse.ops.hopper.compat import (
     tma_load,
     tma_store,
 )
-from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between
+from hf_blocksparse.ops.hopper.mask_bits import apply_mask, load_mask
 
 TILE = gl.constexpr(128)
 HALF = gl.constexpr(64)  # query rows of one consumer
@@ -45,6 +47,37 @@ FLOOR = gl.constexpr(
     -3.0e38
 )  # of the running maximum: rows that have met no key never see inf - inf
 LN_2 = gl.constexpr(0.6931471805599453)
+
+
+def some_by_polynomial(count: int) -> str:
+    """Instructions for `2^x` of eight numbers `x <= 0`, `count` of them by a polynomial on the units that multiply and add.
+
+    The units for `2^x` compute 16 numbers a clock, which at head size 64 takes as long as the products. With `n = round(x)`, which adding
+    and taking away 1.5 * 2^23 gives, `2^x = 2^n * 2^(x - n)`; `n` is added to the exponent's bits, and the polynomial on [-1/2, 1/2] is the
+    one of degree 4 with the least relative error, 2.7e-6 ("FlashAttention-4" does the same). Below -126 the result is 2^-126.
+    """
+    lines = [".reg .f32 x, n, p; .reg .b32 m, q;"]
+    for number in range(8):
+        result, given = f"${number}", f"${number + 8}"
+        if number % 2 or number >= 2 * count:
+            lines.append(f"ex2.approx.ftz.f32 {result}, {given};")
+            continue
+        lines += [
+            f"max.ftz.f32 x, {given}, 0fC2FC0000;",
+            "add.rn.ftz.f32 n, x, 0f4B400000;",
+            "sub.rn.ftz.f32 p, n, 0f4B400000;",
+            "sub.rn.ftz.f32 x, x, p;",
+            "fma.rn.ftz.f32 p, x, 0f3C1CCBEB, 0f3D650A20;",
+            "fma.rn.ftz.f32 p, p, x, 0f3E76036D;",
+            "fma.rn.ftz.f32 p, p, x, 0f3F31706E;",
+            "fma.rn.ftz.f32 p, p, x, 0f3F7FFFF4;",
+            "mov.b32 m, n;",
+            "mov.b32 q, p;",
+            "shl.b32 m, m, 23;",
+            "add.s32 q, q, m;",
+            f"mov.b32 {result}, q;",
+        ]
+    return "{" + " ".join(lines) + "}"
 
 
 @gluon.jit
@@ -150,37 +183,26 @@ def own_sums(probabilities):
 
 
 @gluon.jit
-def update(scores, running_max, running_sums, score_scale):
+def exp2(x, POLYNOMIALS: gl.constexpr):
+    """`2^x` for `x <= 0`; with `POLYNOMIALS`, of `some_by_polynomial`, at least 2^-126."""
+    if POLYNOMIALS is None:
+        return gl.exp2(x)
+    else:
+        return gl.inline_asm_elementwise(
+            POLYNOMIALS, "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x],
+            dtype=gl.float32, is_pure=True, pack=8,
+        )  # fmt: skip
+
+
+@gluon.jit
+def update(scores, running_max, running_sums, score_scale, POLYNOMIALS: gl.constexpr):
     """Probabilities, what earlier ones shrink by, and the next maximum and sums."""
     new_max = gl.maximum(running_max, gl.max(scores, 1) * score_scale)
-    probabilities = gl.exp2(scores * score_scale - gl.expand_dims(new_max, 1))
+    probabilities = exp2(scores * score_scale - gl.expand_dims(new_max, 1), POLYNOMIALS)
     shrink = gl.exp2(running_max - new_max)
     sums = own_sums(probabilities)
     shrink_sums = gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))
     return probabilities, shrink, new_max, running_sums * gl.expand_dims(shrink_sums, 1) + sums
-
-
-@gluon.jit
-def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores):
-    """Words of bits [rows, 4, 4]: of 32 keys each, moved down to the first column of each of the 4 threads that share a row.
-
-    Keys outside `[key_begin, key_end)`, counted in the tile, are cleared.
-    """
-    ROWS: gl.constexpr = scores.shape[0]
-    parts = gl.reshape(scores, [ROWS, 4, 4, 4, 2])
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    words = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
-    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
-    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
-    place = (query_in_tile + rows) * 4 + words
-    packed = gl.load(
-        bank + mask_id.to(gl.int64) * (TILE * 4) + place, mask=place + mask_id >= place, other=-1
-    )
-    packed = packed & bits_between(words, key_begin, key_end)
-    return packed >> (2 * threads)
 
 
 @gluon.jit
@@ -214,7 +236,7 @@ def consumer(
     queries, keys, values,
     query_filled, query_free, key_filled, key_free, value_filled, value_free,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OVERLAPS_VALUES: gl.constexpr, POLYNOMIALS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = out_desc.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
@@ -275,7 +297,7 @@ def consumer(
         )
         key_row = first_tile * TILE + key_shift
         mask = load_mask(
-            bank, first_mask, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+            bank, first_mask, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores, TILE
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(key_free.index(slot))
@@ -311,15 +333,23 @@ def consumer(
             )
             pair_barrier_arrive(OTHERS_TURN)
             mask = load_mask(
-                bank, mask_id, CONSUMER * HALF, kv_begin - key_row, kv_end - key_row, no_scores
+                bank,
+                mask_id,
+                CONSUMER * HALF,
+                kv_begin - key_row,
+                kv_end - key_row,
+                no_scores,
+                TILE,
             )
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(key_free.index(slot))
             scores = apply_mask(scores, mask)
             probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
+                scores, running_max, running_sums, score_scale, None
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+            if OVERLAPS_VALUES:
+                mbarrier.wait(value_filled.index(last_slot), last_parity)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
                 0, deps=[accumulator, weights, running_max, running_sums, shrink]
             )
@@ -349,9 +379,11 @@ def consumer(
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(key_free.index(slot))
             probabilities, shrink, running_max, running_sums = update(
-                scores, running_max, running_sums, score_scale
+                scores, running_max, running_sums, score_scale, POLYNOMIALS
             )
             weights = gl.convert_layout(probabilities.to(DTYPE), PROBABILITIES)
+            if OVERLAPS_VALUES:
+                mbarrier.wait(value_filled.index(last_slot), last_parity)
             accumulator, weights, running_max, running_sums, shrink = warpgroup_mma_wait(
                 0, deps=[accumulator, weights, running_max, running_sums, shrink]
             )
@@ -430,6 +462,8 @@ def forward_kernel(
     DIM: gl.constexpr,
     STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
+    OVERLAPS_VALUES: gl.constexpr,
+    POLYNOMIALS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -466,14 +500,14 @@ def forward_kernel(
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, OVERLAPS_VALUES, POLYNOMIALS,
             )),
             (consumer, (
                 1, out_desc, out, out_batch_stride, out_head_stride, out_row_stride, lse,
                 records, offsets, indices, mask_ids, bank,
                 score_scale, num_heads, query_rows, key_rows, queries, keys, values,
                 query_filled, query_free, key_filled, key_free, value_filled, value_free,
-                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS,
+                HEAD_DIM, DIM, STAGES, Q_IN_REGISTERS, OVERLAPS_VALUES, POLYNOMIALS,
             )),
             (producer, (
                 query_desc, key_desc, value_desc, records, offsets, indices, group_size,

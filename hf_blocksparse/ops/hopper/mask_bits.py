@@ -18,6 +18,45 @@ def bits_between(words, begin, end):
 
 
 @gluon.jit
+def side_by_side(first, second, scores):
+    """A number per word of `scores` [rows, columns] for `load_mask`: `first` in the left half of the columns, `second` in the right one."""
+    WORDS: gl.constexpr = scores.shape[1] // 32
+    parts = gl.reshape(scores, [scores.shape[0], WORDS, 4, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
+    words = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
+    return gl.where(words < WORDS // 2, first, second)
+
+
+@gluon.jit
+def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores, TILE_SIZE: gl.constexpr):
+    """Words of bits [rows, words, 4]: of 32 keys each, moved down to the first column of each of the 4 threads that share a row.
+
+    `scores`: of tiles whose masks in `bank` are of `TILE_SIZE x TILE_SIZE`, one or several next to each other; `mask_id`: -1 for all bits.
+    Keys outside `[key_begin, key_end)`, counted in their tile, are cleared. All three may be numbers, or tensors of one per word.
+    """
+    ROWS: gl.constexpr = scores.shape[0]
+    WORDS: gl.constexpr = scores.shape[1] // 32
+    WORDS_OF_TILE: gl.constexpr = TILE_SIZE // 32
+    parts = gl.reshape(scores, [ROWS, WORDS, 4, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    words = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))) % WORDS_OF_TILE
+    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
+    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
+    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
+    place = (query_in_tile + rows) * WORDS_OF_TILE + words
+    packed = gl.load(
+        bank + mask_id.to(gl.int64) * (TILE_SIZE * WORDS_OF_TILE) + place,
+        mask=place + mask_id >= place,
+        other=-1,
+    )
+    packed = packed & bits_between(words, key_begin, key_end)
+    return packed >> (2 * threads)
+
+
+@gluon.jit
 def read_mask(words, scores):
     """Words `[rows, columns // 32]` in shared memory as `apply_mask` takes them: [rows, words, threads of a row]."""
     ROWS: gl.constexpr = scores.shape[0]

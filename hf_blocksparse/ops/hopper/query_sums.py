@@ -31,7 +31,7 @@ def prepare_kernel(
 ):
     """Grid: (query items, query heads). Zeros `sums`, and writes the row terms of the rows that the item's sequence owns.
 
-    The pointer of `grad_lse` may be None.
+    The pointer of `grad_lse` may be None, and `sums` with `first_slots` where nobody adds to them.
     """
     item = items + tl.program_id(0) * 2
     head = tl.program_id(1)
@@ -39,9 +39,10 @@ def prepare_kernel(
     if sequence < 0:
         return
     tile = tl.load(item + 1)
-    slot = tl.load(first_slots + sequence) + tile
-    place = (slot.to(tl.int64) * tl.num_programs(1) + head) * (TILE * DIM)
-    tl.store(sums + place + tl.arange(0, TILE * DIM), tl.zeros([TILE * DIM], tl.float32))
+    if sums is not None:
+        slot = tl.load(first_slots + sequence) + tile
+        place = (slot.to(tl.int64) * tl.num_programs(1) + head) * (TILE * DIM)
+        tl.store(sums + place + tl.arange(0, TILE * DIM), tl.zeros([TILE * DIM], tl.float32))
     batch, q_row, q_len, q_pos, _, _, _ = load_sequence(table, sequence)
     first_row = tile * TILE - q_pos + q_row
     rows = first_row + tl.arange(0, TILE)

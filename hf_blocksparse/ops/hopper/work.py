@@ -2,7 +2,8 @@
 
 Tiles of one head follow each other, so that what they read stays in the L2 cache; inside a head the long ones come first. Tiles that take
 a good part of a multiprocessor's share go before all others, whatever their head: one of them at the end would keep everybody waiting.
-Nothing is read back to the host.
+Key tiles much longer than a share are walked in parts (`ops/triton/column_parts.py`), each by a multiprocessor of its own; of rows
+nothing is read back to the host, of columns whether any is as long as that.
 
 Each tile goes to the multiprocessor with the least work so far. On an NVIDIA H200 lists of key tiles were as fast as a program for each
 of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 times (64) as fast.
@@ -11,8 +12,7 @@ of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blocksparse.capture import check_not_capturing
+from hf_blocksparse.ops.triton.column_parts import (
+    Parts,
+    Schedules,
+    SplitColumns,
+    count_parts,
+    cut,
+    split_columns,
+)
+from hf_blocksparse.ops.triton.column_parts import known as _known
+from hf_blocksparse.ops.triton.column_parts import multiprocessors as _multiprocessors
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
 from hf_blocksparse.sequences import Q_LEN, Q_POS
@@ -41,17 +51,26 @@ COLUMN_RECORD = 20
 """Integers per key tile and query head that reads it: batch, query head, tensor row of the tile's first key, begin and end of the
 sequence's key rows, what to add to a query's position for its row, begin and end of the sequence's query rows, slot of query tile 0 in the
 sums of dQ, first partial entry, number of them, first full entry that needs no mask, whether the full entry before those needs one, number
-of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together."""
+of full entries that do, number of query tiles with a mask, number of query tiles, the same of all heads of the group together, the full
+entry at the sequence's end, slot for the sums of dK and dV (-1: they are all of them)."""
 (
+    COLUMN_KV_ROW,
+    COLUMN_KV_BEGIN,
+    COLUMN_KV_END,
     COLUMN_Q_BEGIN,
     COLUMN_Q_END,
     COLUMN_FIRST_SLOT,
     COLUMN_PARTIAL,
     COLUMN_NUM_PARTIAL,
+    COLUMN_FULL,
+    COLUMN_FULL_START,
+    COLUMN_NUM_EDGES,
     COLUMN_NUM_MASKED,
     COLUMN_TILES,
     COLUMN_GROUP_TILES,
-) = 6, 7, 8, 9, 10, 14, 15, 16
+    COLUMN_LAST_EDGE,
+    COLUMN_SLOT,
+) = 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18
 
 # Tiles are dealt out to one multiprocessor in so many at a time, so that one with a long tile is left in peace meanwhile.
 DEALT_TO = 4
@@ -59,6 +78,8 @@ DEALT_TO = 4
 LONG = 4
 # What a tile costs beside its steps, in steps.
 TILE_OVERHEAD = 1
+# So many programs with tiles of 64 share a multiprocessor.
+PROGRAMS_OF_SMALL_TILES = 2
 
 
 @dataclass(frozen=True)
@@ -75,14 +96,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ColumnSchedule:
-    """Of the backward kernel. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles from `offsets[i]`
-    to `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of `num_slots`.
+    """Of the backward kernel and the key pass. `records`: int32 `[num_tiles, group_size, COLUMN_RECORD]`; program `i` computes the tiles,
+    or parts of them, from `offsets[i]` to `offsets[i + 1]`. Query tile `t` of sequence `s` is added up in slot `first_slots[s] + t` of
+    `num_slots`. `split`: the tiles in parts, None where there are none.
     """
 
     records: Tensor
     offsets: Tensor
     first_slots: Tensor
     num_slots: int
+    split: SplitColumns | None
 
     @property
     def num_programs(self) -> int:
@@ -193,6 +216,8 @@ def describe_columns_kernel(
     tl.store(record + 13, num_edges)
     tl.store(record + 14, tl.where(is_cut, num_tiles, num_partial + num_edges))
     tl.store(record + 15, num_tiles)
+    tl.store(record + 17, full_last)
+    tl.store(record + 18, -1)
 
 
 @triton.jit
@@ -225,89 +250,85 @@ def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.c
         loads += cost * NUM_SLOTS
 
 
-_Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]
-_schedules: _Schedules = WeakKeyDictionary()
-_column_schedules: _Schedules = WeakKeyDictionary()
+_schedules: Schedules = WeakKeyDictionary()
+_column_schedules: Schedules = WeakKeyDictionary()
 _transposed_banks: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
-
-
-def _known(schedules: _Schedules, index: BlockIndex, sequences: Sequences) -> dict[Any, Any]:
-    return schedules.setdefault(index, WeakKeyDictionary()).setdefault(sequences, {})
 
 
 def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedule:
     """The schedule of a call with `heads` query heads, made at its first use and kept as long as index and sequences live."""
     known = _known(_schedules, index, sequences)
     if heads not in known:
-        known[heads] = make_schedule(index, sequences, heads, _multiprocessors(index.bank.device))
+        known[heads] = make_schedule(index, sequences, heads, _num_programs(index))
     return known[heads]
 
 
 def column_schedule_for(
     index: BlockIndex, sequences: Sequences, heads: int, kv_heads: int
 ) -> ColumnSchedule:
-    """The same for the backward kernel."""
+    """The same for the backward kernel and the key pass."""
     known = _known(_column_schedules, index, sequences)
     if (heads, kv_heads) not in known:
         known[heads, kv_heads] = make_column_schedule(
-            index, sequences, heads, kv_heads, _multiprocessors(index.bank.device)
+            index, sequences, heads, kv_heads, _num_programs(index)
         )
     return known[heads, kv_heads]
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _num_programs(index: BlockIndex) -> int:
+    number = _multiprocessors(index.bank.device)
+    return number if index.tile_q == TILE else PROGRAMS_OF_SMALL_TILES * number
 
 
 def _order(
-    group: Tensor, steps: Tensor, costs: Tensor, num_groups: int, num_multiprocessors: int
+    group: Tensor, steps: Tensor, costs: Tensor, num_groups: int, num_programs: int
 ) -> Tensor:
     """Long tiles, then group by group from 1 on, the longer ones first, then tiles without a cost."""
-    group = torch.where(costs * (LONG * num_multiprocessors) > costs.sum(), 0, group)
+    group = torch.where(costs * (LONG * num_programs) > costs.sum(), 0, group)
     group = torch.where(costs > 0, group, 1 + num_groups)
     return torch.argsort(group * (steps.max() + 1) + steps.max() - steps, stable=True)
 
 
-def _deal_out(costs: Tensor, num_multiprocessors: int) -> tuple[Tensor, Tensor]:
-    """Lists for `num_multiprocessors`, fewer where there are fewer tiles: the tiles, list by list, and where each list begins and ends.
+def _deal_out(costs: Tensor, num_programs: int) -> tuple[Tensor, Tensor]:
+    """Lists for `num_programs`, fewer where there are fewer tiles: the tiles, list by list, and where each list begins and ends.
 
     `costs`: of the tiles in the order in which they are dealt out, 0 for those that belong to no list.
     """
     num_tiles = costs.shape[0]
-    num_programs = min(num_multiprocessors, num_tiles)
+    num_lists = min(num_programs, num_tiles)
     owners = torch.empty_like(costs)
     assign_kernel[(1,)](
         costs,
         owners,
         num_tiles,
-        num_programs,
-        max(1, num_programs // DEALT_TO),
-        NUM_SLOTS=triton.next_power_of_2(num_multiprocessors),
+        num_lists,
+        max(1, num_lists // DEALT_TO),
+        NUM_SLOTS=triton.next_power_of_2(num_programs),
     )
-    owners = torch.where(costs > 0, owners, num_programs)
+    owners = torch.where(costs > 0, owners, num_lists)
     owners, by_owner = torch.sort(owners, stable=True)
-    bounds = torch.arange(num_programs + 1, device=costs.device)
+    bounds = torch.arange(num_lists + 1, device=costs.device)
     return by_owner, torch.searchsorted(owners, bounds).to(torch.int32)
 
 
 @torch.inference_mode(False)  # a schedule outlives the call
 def make_schedule(
-    index: BlockIndex, sequences: Sequences, heads: int, num_multiprocessors: int
+    index: BlockIndex, sequences: Sequences, heads: int, num_programs: int
 ) -> Schedule:
-    """Lists for `num_multiprocessors`, fewer where there are fewer tiles. `index` has tiles of `TILE x TILE` and is not empty."""
+    """Lists for `num_programs`, fewer where there are fewer tiles. `index` has square tiles and is not empty."""
     check_not_capturing(index.bank.device, "the schedule of these sequences")
-    items = sequences.q_items(TILE)
+    tile = index.tile_q
+    items = sequences.q_items(tile)
     num_items = items.shape[0]
     records = items.new_empty(num_items * heads, RECORD)
     describe_kernel[(num_items, heads)](
-        records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=TILE
+        records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=tile
     )
     steps = records[:, STEPS].long()
     costs = torch.where(steps > 0, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0] * heads + records[:, 1]
-    order = _order(group, steps, costs, sequences.batch * heads, num_multiprocessors)
-    by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
+    order = _order(group, steps, costs, sequences.batch * heads, num_programs)
+    by_owner, offsets = _deal_out(costs[order], num_programs)
     return Schedule(records[order[by_owner]].contiguous(), offsets)
 
 
@@ -317,42 +338,82 @@ def make_column_schedule(
     sequences: Sequences,
     heads: int,
     kv_heads: int,
-    num_multiprocessors: int,
+    num_programs: int,
 ) -> ColumnSchedule:
     """Lists of key tiles; otherwise as `make_schedule`."""
     check_not_capturing(index.bank.device, "the schedule of these sequences")
-    items = sequences.kv_items(TILE)
+    tile = index.tile_kv
+    items = sequences.kv_items(tile)
     num_items = items.shape[0]
-    first_slots = _first_slots(sequences)
+    first_slots = _first_slots(sequences, tile)
     lists = tile_lists(index)[1]
     records = items.new_zeros(num_items * kv_heads, heads // kv_heads, COLUMN_RECORD)
     describe_columns_kernel[(num_items, heads)](
         records, items, sequences.table, lists, first_slots, heads // kv_heads,
-        NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=TILE,
+        NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=tile,
     )  # fmt: skip
     is_used = records[:, 0, COLUMN_TILES] >= 0
     steps = records[:, :, COLUMN_TILES].sum(1)
     _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
-    steps = records[:, :, COLUMN_TILES].sum(1)
-    records[:, :, COLUMN_GROUP_TILES] = steps[:, None]
-    steps = steps.long().clamp(min=0)
+    steps = records[:, :, COLUMN_TILES].sum(1).long().clamp(min=0)
+    split = None
+    num_parts = count_parts(steps, num_programs)
+    if num_parts is not None:
+        columns = records[:, 0, [0, 1, COLUMN_KV_ROW, COLUMN_KV_BEGIN, COLUMN_KV_END]]
+        columns[:, 1] //= heads // kv_heads
+        split = split_columns(columns, num_parts)
+        parts = cut(steps, num_parts)
+        records, is_used = _in_parts(records, parts), is_used[parts.column]
+        steps = parts.end - parts.begin
+    records[:, :, COLUMN_GROUP_TILES] = steps[:, None].int()
     costs = torch.where(is_used, steps + TILE_OVERHEAD, 0)
     group = 1 + records[:, 0, 0] * kv_heads + records[:, 0, 1] // (heads // kv_heads)
-    order = _order(group, steps, costs, sequences.batch * kv_heads, num_multiprocessors)
-    by_owner, offsets = _deal_out(costs[order], num_multiprocessors)
+    order = _order(group, steps, costs, sequences.batch * kv_heads, num_programs)
+    by_owner, offsets = _deal_out(costs[order], num_programs)
     return ColumnSchedule(
         records[order[by_owner]],
         offsets,
         first_slots,
-        sequences.q_items(TILE).shape[0],
+        sequences.q_items(tile).shape[0],
+        split,
     )
 
 
-def _first_slots(sequences: Sequences) -> Tensor:
+def _in_parts(records: Tensor, parts: Parts) -> Tensor:
+    """The records of parts, from those of whole columns."""
+    whole = records[parts.column]
+    records = whole.clone()
+    tiles = whole[:, :, COLUMN_TILES].long().clamp(min=0)
+    first = tiles.cumsum(1) - tiles  # the heads of a group are walked one after the other
+    begin = (parts.begin[:, None] - first).clamp(min=0).minimum(tiles).int()
+    end = (parts.end[:, None] - first).clamp(min=0).minimum(tiles).int()
+    num_partial = whole[:, :, COLUMN_NUM_PARTIAL]
+    num_start = whole[:, :, COLUMN_FULL_START]
+    num_edges = whole[:, :, COLUMN_NUM_EDGES]
+    num_masked = whole[:, :, COLUMN_NUM_MASKED]
+
+    def within(count: Tensor, before: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Of a run of `count` steps after `before` others: how many lie before the part, and how many in it."""
+        skipped = (begin - before).clamp(min=0).minimum(count)
+        return skipped, (end - before).clamp(min=0).minimum(count) - skipped
+
+    skipped, partial_left = within(num_partial, 0)
+    records[:, :, COLUMN_PARTIAL] += skipped
+    records[:, :, COLUMN_NUM_PARTIAL] = partial_left
+    records[:, :, COLUMN_FULL_START] = within(num_start, num_partial)[1]
+    records[:, :, COLUMN_NUM_EDGES] = within(num_edges, num_partial)[1]
+    records[:, :, COLUMN_FULL] += (begin - num_partial - num_edges).clamp(min=0)
+    records[:, :, COLUMN_NUM_MASKED] = within(num_masked, 0)[1]
+    records[:, :, COLUMN_TILES] = end - begin
+    records[:, :, COLUMN_SLOT] = parts.slot[:, None].int()
+    return records
+
+
+def _first_slots(sequences: Sequences, tile: int) -> Tensor:
     """Per sequence: where its query tile 0 would lie, if the tiles that hold its queries follow those of the sequence before."""
     length, position = sequences.table[:, Q_LEN], sequences.table[:, Q_POS]
-    first = position // TILE
-    count = torch.where(length > 0, (position + length - 1) // TILE + 1 - first, 0)
+    first = position // tile
+    count = torch.where(length > 0, (position + length - 1) // tile + 1 - first, 0)
     return (count.cumsum(0) - count - first).to(torch.int32)
 
 
@@ -381,6 +442,6 @@ def transposed_bank(index: BlockIndex) -> Tensor:
         check_not_capturing(index.bank.device, "the transposed masks of this layout")
         bank = torch.empty_like(index.bank)
         if bank.shape[0]:
-            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=TILE)
+            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=index.tile_q)
         _transposed_banks[index] = bank
     return bank

@@ -342,6 +342,21 @@ def accumulate_grad_key_value(
 
 
 @triton.jit
+def entries_of_part(first, count, walked, part_begin, part_end):
+    """Which of the `count` entries from `first` on are steps `[part_begin, part_end)`, where `walked` steps come before them."""
+    begin = tl.minimum(tl.maximum(part_begin - walked, 0), count)
+    end = tl.minimum(tl.maximum(part_end - walked, 0), count)
+    return first + begin, first + end
+
+
+@triton.jit
+def store_part(parts, slot, values, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Stores [ROWS, DIM] values into slot `slot` of the contiguous `parts`."""
+    place = tl.arange(0, ROWS)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(parts + slot.to(tl.int64) * (ROWS * DIM) + place, values)
+
+
+@triton.jit
 def grad_key_value_kernel(
     query,
     key,
@@ -362,6 +377,10 @@ def grad_key_value_kernel(
     alibi_slopes,
     dropout,
     group_size,
+    num_kv_heads,
+    programs,
+    key_parts,
+    value_parts,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -375,10 +394,22 @@ def grad_key_value_kernel(
 
     `items`: `Sequences.kv_items`; `lists`: TileLists of the key tiles. One program sums over the query heads of its
     group, each with its own list.
+
+    With `programs`, of `ColumnParts`, the grid is (programs,). One with a slot leaves its sums there, in `key_parts` and `value_parts`
+    [slots, TILE_KV, padded dim], and writes nothing else.
     """
-    item = items + tl.program_id(0) * 2
-    kv_head = tl.program_id(1)
-    num_query_heads = tl.num_programs(1) * group_size
+    if programs is None:
+        item = items + tl.program_id(0) * 2
+        kv_head = tl.program_id(1)
+    else:
+        program = programs + tl.program_id(0) * 5
+        item = items + tl.load(program) * 2
+        kv_head = tl.load(program + 1)
+        part_begin = tl.load(program + 2)
+        part_end = tl.load(program + 3)
+        part_slot = tl.load(program + 4)
+        walked = part_begin * 0
+    num_query_heads = num_kv_heads * group_size
     sequence = tl.load(item)
     if sequence < 0:
         return
@@ -414,7 +445,13 @@ def grad_key_value_kernel(
             lists.indices, begin, partial_begin, q_pos, q_pos + q_len, WIDTH
         )
         if STRIP == 0:
-            for entry in tl.range(full_first, full_last):
+            first, last = full_first, full_last
+            if programs is not None:
+                first, last = entries_of_part(
+                    full_first, full_last - full_first, walked, part_begin, part_end
+                )
+                walked += full_last - full_first
+            for entry in tl.range(first, last):
                 first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
                 query_rows = first_query_row + tl.arange(0, TILE_Q)
                 query_tile = load_rows(
@@ -448,7 +485,13 @@ def grad_key_value_kernel(
             partial_first, partial_last, partial_start, partial_stop = clip_entries(
                 lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
             )
-            for entry in tl.range(partial_first, partial_last):
+            first, last = partial_first, partial_last
+            if programs is not None:
+                first, last = entries_of_part(
+                    partial_first, partial_last - partial_first, walked, part_begin, part_end
+                )
+                walked += partial_last - partial_first
+            for entry in tl.range(first, last):
                 first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
                 query_rows = first_query_row + tl.arange(0, TILE_Q)
                 kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
@@ -480,14 +523,21 @@ def grad_key_value_kernel(
                     score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
                 )  # fmt: skip
         else:
+            STRIPS: tl.constexpr = TILE_Q // STRIP
             partial_first, partial_last, partial_start, partial_stop = clip_entries(
                 lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
             )
             num_full = full_last - full_first
             num_strips = num_full + partial_last - partial_first
-            for place in tl.range(0, num_strips, TILE_Q // STRIP):
+            first, last = 0, num_strips
+            if programs is not None:
+                num_steps = (num_strips + STRIPS - 1) // STRIPS
+                first, last = entries_of_part(0, num_steps, walked, part_begin, part_end)
+                first, last = first * STRIPS, tl.minimum(last * STRIPS, num_strips)
+                walked += num_steps
+            for place in tl.range(first, last, STRIPS):
                 strips, mask_ids, exist = load_strips(
-                    lists, place, full_first, num_full, partial_first, num_strips, TILE_Q // STRIP
+                    lists, place, full_first, num_full, partial_first, num_strips, STRIPS
                 )
                 kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, True)
                 query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
@@ -504,7 +554,11 @@ def grad_key_value_kernel(
                 )  # fmt: skip
 
         num_edges = full_start + full_stop + partial_start + partial_stop
-        for edge in tl.range(0, num_edges, num_stages=1):
+        first, last = 0, num_edges
+        if programs is not None:
+            first, last = entries_of_part(0, num_edges, walked, part_begin, part_end)
+            walked += num_edges
+        for edge in tl.range(first, last, num_stages=1):
             entry = edge_entry(
                 edge, full_first, full_last, full_start, full_stop,
                 partial_first, partial_last, partial_start,
@@ -531,6 +585,11 @@ def grad_key_value_kernel(
                 score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
             )  # fmt: skip
 
+    if programs is not None:
+        if part_slot >= 0:
+            store_part(key_parts, part_slot, key_sum, TILE_KV, HEAD_DIM_PADDED)
+            store_part(value_parts, part_slot, value_sum, TILE_KV, VALUE_DIM_PADDED)
+        kv_len = tl.where(part_slot >= 0, 0, kv_len)  # of a part no row is stored below
     store_rows_between(
         grad_key, key_sum * scale, batch, kv_head, first_key_row, kv_row, kv_row + kv_len,
         TILE_KV, HEAD_DIM, HEAD_DIM_PADDED,

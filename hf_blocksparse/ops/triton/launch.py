@@ -19,6 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.backward import grad_key_value_kernel, grad_query_kernel
+from hf_blocksparse.ops.triton.column_parts import (
+    ROWS_AT_ONCE,
+    SplitColumns,
+    add_parts_kernel,
+    column_parts_for,
+)
 from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_kernel
 from hf_blocksparse.ops.triton.decode_sizes import (
     DecodeSizes,
@@ -267,9 +273,24 @@ def launch_backward(
             if not sequences.covers_keys:
                 grad_key.zero_()
                 grad_value.zero_()
+            lists = tile_lists(index)[1]
+            constants = _constants(query, value, sizes)
+            parts = column_parts_for(
+                index, sequences, lists, heads, kv_heads, sizes.tile_q, sizes.tile_kv
+            )
+            programs = key_parts = value_parts = None
+            grid = (items.shape[0], kv_heads, 1)
+            if parts is not None:
+                programs = parts.programs
+                grid = (programs.shape[0], 1, 1)
+                rows = parts.split.num_slots, sizes.tile_kv
+                key_parts, value_parts = (
+                    query.new_empty(*rows, constants[name], dtype=torch.float32)
+                    for name in ("HEAD_DIM_PADDED", "VALUE_DIM_PADDED")
+                )
             launch(
                 grad_key_value_kernel,
-                (items.shape[0], kv_heads, 1),
+                grid,
                 (
                     query_rows,
                     key_rows,
@@ -283,22 +304,66 @@ def launch_backward(
                     _rows(grad_value),
                     items,
                     sequences.table,
-                    tile_lists(index)[1],
+                    lists,
                     scale,
                     score_scale,
                     softcap_scale,
                     slopes,
                     dropout,
                     heads // kv_heads,
+                    kv_heads,
+                    programs,
+                    key_parts,
+                    value_parts,
                 ),
-                _constants(query, value, sizes) | dict(STRIP=sizes.strip),
+                constants | dict(STRIP=sizes.strip),
                 _options(sizes),
             )
+            if parts is not None:
+                value_scale = 1.0 if dropout is None else dropout.keep_scale
+                launch_add_parts(
+                    parts.split, key_parts, value_parts, grad_key, grad_value, scale, value_scale
+                )
     if sinks is not None and needed[3]:
         # p of the sink itself is exp(sink - lse), and its value is 0. Rows of no sequence have +inf here.
         sink_share = torch.exp2(sinks.detach().float()[:, None] * LOG2_E - log2_sums)
         grad_sinks = -(sink_share * deltas).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
     return grad_query if needed[0] else None, grad_key, grad_value, grad_sinks
+
+
+def launch_add_parts(
+    split: SplitColumns,
+    key_parts: Tensor,
+    value_parts: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    key_scale: float,
+    value_scale: float,
+) -> None:
+    """Write the gradients of the key tiles that were split, from float32 parts [slots, tile_kv, padded dim]."""
+    tile_kv = key_parts.shape[1]
+    launch(
+        add_parts_kernel,
+        (split.table.shape[0], tile_kv // ROWS_AT_ONCE, 1),
+        (
+            key_parts,
+            value_parts,
+            _rows(grad_key),
+            _rows(grad_value),
+            split.table,
+            key_scale,
+            value_scale,
+        ),
+        dict(
+            HEAD_DIM=grad_key.shape[-1],
+            HEAD_DIM_PADDED=key_parts.shape[2],
+            VALUE_DIM=grad_value.shape[-1],
+            VALUE_DIM_PADDED=value_parts.shape[2],
+            TILE_KV=tile_kv,
+            ROWS=ROWS_AT_ONCE,
+        ),
+        {},
+    )
 
 
 def launch(

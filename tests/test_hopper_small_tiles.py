@@ -1,0 +1,245 @@
+"""The kernels for Hopper with tiles of 64, as `test_hopper_kernels.py` has those with tiles of 128, and which of them a layout takes."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import make_qkv
+from test_hopper_kernels import (
+    CASES,
+    WALKED,
+    Case,
+    check,
+    check_backward,
+    on_hopper,
+    problem_of,
+    random_blocks,
+    random_case,
+    walk,
+    walk_columns,
+    without_gpu,
+)
+
+from hf_blocksparse import BigBird, Dense, Layout, SlidingWindow, TensorLayout
+from hf_blocksparse.block_index import get_index
+from hf_blocksparse.ops import hopper
+from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.sequences import Sequences
+
+TILE = hopper.SMALL_TILE
+
+
+def crossing(heads: int, blocks: int, block: int) -> TensorLayout:
+    """A diagonal, one row of all keys and one column of all queries."""
+    kept = torch.eye(blocks, dtype=torch.bool)
+    kept[blocks // 2] = True
+    kept[:, 1] = True
+    return TensorLayout.from_tensor(kept[None].repeat(heads, 1, 1), block)
+
+
+SMALL_CASES = CASES | {
+    "one tile": Case(Dense(), 64, is_causal=False),
+    "two tiles": Case(Dense(), 128, is_causal=False),
+    "three tiles": Case(Dense(), 192, is_causal=False),
+    "three tiles, causal": Case(Dense(), 192),
+    "a long column": Case(crossing(8, 40, 64), 2550, is_causal=False, heads=8, kv_heads=1),
+    "a long column, head size 64": Case(
+        crossing(8, 40, 64), 2550, is_causal=False, heads=8, kv_heads=2, head_dim=64
+    ),
+    "head size 72": Case(random_blocks(4, 1000, 64, 0.3, 5), head_dim=72),
+    "scattered, heads outside rows": Case(
+        random_blocks(4, 1000, 64, 0.3, 6), is_causal=False, batch=2, rows_outside_heads=False
+    ),
+}
+IN_FLOAT16 = ("causal", "documents", "head size 64", "head size 96", "random blocks of 64")
+
+
+@on_hopper
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_forward_matches_dense_attention(name):
+    check(SMALL_CASES[name], TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_backward_matches_dense_attention(name):
+    check_backward(SMALL_CASES[name], tile=TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", IN_FLOAT16)
+def test_float16_matches_dense_attention(name):
+    case = replace(SMALL_CASES[name], dtype=torch.float16)
+    check(case, TILE)
+    check_backward(case, has_grad_lse=False, tile=TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(1000, 1200))
+def test_forward_matches_dense_attention_at_random(seed):
+    check(random_case(seed), TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(1000, 1150))
+def test_backward_matches_dense_attention_at_random(seed):
+    check_backward(random_case(seed), has_grad_lse=seed % 2 == 0, tile=TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["bigbird", "a long column"])
+def test_results_are_bitwise_reproducible(name, head_dim):
+    case = replace(SMALL_CASES[name], head_dim=head_dim)
+    shape = (1, case.heads, case.kv_heads, case.query_len, case.query_len, head_dim, head_dim)
+    query, key, value = make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
+    problem = problem_of(case, "cuda", TILE)
+    grad_out = torch.randn_like(query)
+
+    def results():
+        out, lse = hopper.forward(query, key, value, problem, problem.scale)
+        given = (grad_out, None, query, key, value, out, lse, problem, problem.scale)
+        return out, lse, *hopper.backward(*given, (True,) * 3)
+
+    first = results()
+    for _ in range(20):
+        assert all(map(torch.equal, first, results()))
+
+
+@on_hopper
+def test_only_needed_gradients_are_computed():
+    case = SMALL_CASES["head size 64"]
+    query, key, value = make_qkv(1, 4, 2, 1000, 1000, 64, 64, dtype=torch.bfloat16, device="cuda")
+    problem = problem_of(case, "cuda", TILE)
+    out, lse = hopper.forward(query, key, value, problem, problem.scale)
+    grad_out = torch.randn_like(out)
+
+    def grads(grad_out, needed):
+        given = (query, key, value, out, lse, problem, problem.scale, needed)
+        return hopper.backward(grad_out, None, *given)
+
+    everything = grads(grad_out, (True, True, True))
+    for number in range(3):
+        needed = tuple(number == other for other in range(3))
+        for grad, expected, flag in zip(grads(grad_out, needed), everything, needed, strict=True):
+            assert torch.equal(grad, expected) if flag else grad is None
+    assert all(grad.count_nonzero() == 0 for grad in grads(None, (True, True, True)))
+
+
+@on_hopper
+def test_deterministic_algorithms_take_these_kernels():
+    """The operation itself: gradients of a layout of large blocks are then the same bits in every call."""
+    from hf_blocksparse import block_sparse_attention
+
+    shape = (1, 4, 2, 2048, 2048, 128, 128)
+    leaves = [
+        leaf.requires_grad_() for leaf in make_qkv(*shape, dtype=torch.bfloat16, device="cuda")
+    ]
+    grad_out = torch.randn_like(leaves[0])
+    layout = random_blocks(4, 2048, 128, 0.4, 0)
+
+    def grads():
+        out = block_sparse_attention(*leaves, layout, is_causal=False)
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    with deterministic_algorithms():
+        first = grads()
+        for _ in range(10):
+            assert all(map(torch.equal, first, grads()))
+
+
+@contextmanager
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+CHOICES = {
+    "causal": (Dense(), (128, 128)),
+    "narrow window": (SlidingWindow(128), (64, 64)),
+    "wide window": (SlidingWindow(700), (128, 128)),
+    "random 128": (random_blocks(4, 2048, 128, 0.25, 0), (128, 128)),
+    "random 64": (random_blocks(4, 2048, 64, 0.25, 0), (64, 64)),
+    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32)),
+    "random 32, dense": (random_blocks(4, 2048, 32, 0.6, 0), (128, 128)),
+    "random 16": (random_blocks(4, 2048, 16, 0.1, 0), (64, 16)),
+    "bigbird 64": (BigBird(64), (64, 64)),
+    "window 64": (
+        BigBird(64, window_blocks=33, global_blocks=0, random_blocks=0),
+        (128, 128),
+    ),
+    "window 16": (
+        BigBird(16, window_blocks=129, global_blocks=0, random_blocks=0),
+        (128, 128),
+    ),
+    "pairs of 32": (crossing(4, 32, 64), (64, 64)),
+}
+
+
+def problem_that_chooses(layout: Layout) -> Problem:
+    where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
+
+    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
+        return get_index(
+            layout,
+            where,
+            is_causal=True,
+            attn_mask=None,
+            num_heads=4,
+            tile_q=tile_q,
+            tile_kv=tile_kv,
+            device=where.table.device,
+            strips=strips,
+        )
+
+    return Problem(index_for, where, layout.grain, 1.0)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_layouts_take_the_tiles_that_are_fastest(name):
+    layout, shape = CHOICES[name]
+    problem = problem_that_chooses(layout)
+    index = hopper._index_of(problem)
+    assert (index.tile_q, index.tile_kv) == shape
+    assert hopper._index_of_backward(problem) is index
+    assert index is problem.index_for(*shape), "the portable kernels would hold another one"
+
+
+@pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
+def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
+    layout, shape = CHOICES[name]
+    problem = problem_that_chooses(layout)
+    with deterministic_algorithms():
+        forward = hopper._index_of(problem)
+        backward = hopper._index_of_backward(problem)
+    assert (forward.tile_q, forward.tile_kv) == shape
+    assert (backward.tile_q, backward.tile_kv) == ((64, 16) if name == "random 16" else (64, 64))
+
+
+SMALL_WALKED = (*WALKED, "three tiles, causal", "a long column")
+
+
+@without_gpu
+@pytest.mark.parametrize("name", SMALL_WALKED)
+def test_work_lists_hold_every_tile_once(name):
+    case = SMALL_CASES[name]
+    assert torch.equal(walk(case, 5, TILE), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("name", SMALL_WALKED)
+def test_work_lists_of_key_tiles_hold_every_tile_once(name):
+    case = SMALL_CASES[name]
+    assert torch.equal(walk_columns(case, 7, TILE), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("seed", range(4))
+def test_work_lists_of_key_tiles_hold_every_tile_once_at_random(seed):
+    case = random_case(seed)
+    if case.index(case.sequences("cpu"), TILE).num_tiles:
+        assert torch.equal(walk_columns(case, 40, TILE), case.mask())
