@@ -2,6 +2,7 @@
 
 import os
 
+import numerics
 import pytest
 import torch
 
@@ -17,17 +18,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Uninitialised floating point tensors hold NaN, so that an output nobody wrote cannot pass."""
-
-    def poisoning(allocate):
-        def allocate_and_fill(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            if tensor.dtype.is_floating_point:
-                with torch.no_grad():
-                    tensor.fill_(float("nan"))
-            return tensor
-
-        return allocate_and_fill
-
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+    numerics.poison_memory(monkeypatch)
