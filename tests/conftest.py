@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton."""
 
 import os
+import sys
 
 import numerics
 import pytest
@@ -19,3 +20,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def poisoned_memory(monkeypatch):
     """Uninitialised floating point tensors hold NaN, so that an output nobody wrote cannot pass."""
     numerics.poison_memory(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def calls_are_forgotten():
+    """Equal calls are checked once and their launches kept: what a test replaces must not be passed by for what an earlier one did."""
+    attention = sys.modules.get("hf_blocksparse.attention")
+    if attention is not None:
+        attention._prepare_known.cache_clear()
