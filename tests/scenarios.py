@@ -133,9 +133,12 @@ class Scenario:
 
 
 def results_of_kernels(
-    scenario: Scenario, inputs: Inputs, impl: Implementation = "triton"
+    scenario: Scenario, inputs: Inputs, impl: Implementation = "triton", calls: int = 1
 ) -> Results:
-    """What the kernels make of `scenario.inputs(device)`; NaN in rows that belong to no sequence must not show anywhere."""
+    """What the kernels make of `scenario.inputs(device)`; NaN in rows that belong to no sequence must not show anywhere.
+
+    The last of so many `calls`: a repeated one is issued in another way.
+    """
     device = str(inputs.query.device)
     attn_mask, slopes = scenario.attn_mask(), scenario.alibi_slopes()
     nobody = scenario.nobody(device)
@@ -161,17 +164,21 @@ def results_of_kernels(
             **scenario.where(device),
         )
 
-    torch.manual_seed(DROPOUT_SEED)
-    return inputs.results(attend)
+    for _ in range(calls):
+        torch.manual_seed(DROPOUT_SEED)
+        results = inputs.results(attend)
+    return results
 
 
-def check(scenario: Scenario, device: str, impl: Implementation = "triton") -> dict[str, Deviation]:
-    """Compares the kernels with float64.
+def check(
+    scenario: Scenario, device: str, impl: Implementation = "triton", calls: int = 1
+) -> dict[str, Deviation]:
+    """Compares the kernels, called so often, with float64.
 
     Returns how far each result is from the exact one; AssertionError where that is too far.
     """
     inputs = scenario.inputs(device)
-    got = results_of_kernels(scenario, inputs, impl)
+    got = results_of_kernels(scenario, inputs, impl, calls)
     mask, nobody, bias = scenario.mask().to(device), scenario.nobody(device), scenario.bias()
     factor = None
     if scenario.dropout_p:

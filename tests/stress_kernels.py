@@ -7,6 +7,9 @@ Layouts, lengths, groups of heads, masks, documents, padding, dtypes, head sizes
 log-sum-exp and all gradients, by the rule in `numerics.deviations`. With `auto` the kernels for Hopper take what they can (on such a GPU),
 with `triton` the portable ones run alone. A call follows from the implementation and its number: what a miss prints makes it again.
 
+Of four calls one is made once, one twice, one three and one four times, the last being compared: repeated calls are issued in another
+way.
+
 A family fixes what kernels are compiled for, and a process takes whole families, so that compiling does not take all the time. On a CPU
 kernels run in Triton's interpreter, which knows no bfloat16: those families are float16 there.
 """
@@ -275,7 +278,9 @@ def work(process: int, arguments: argparse.Namespace, deadline: float, answers: 
                 try:
                     # On a CPU "auto" would be the torch path.
                     named = "triton" if arguments.device == "cpu" else implementation
-                    found = check(scenario, arguments.device, named)
+                    found = check(
+                        scenario, arguments.device, named, calls=1 + number % arguments.calls
+                    )
                     ratios = {name: deviation.ratio for name, deviation in found.items()}
                     outcome: Any = (ratios, launches.forward, launches.backward)
                 except Exception as error:
@@ -312,7 +317,8 @@ class Tally:
                     self.worst[key] = (mine[result], number, result)
 
     def miss(self, implementation: str, number: int, message: str) -> None:
-        options = {"families": len(FAMILIES["auto"]), "longest": LONGEST, "device": "cuda"}
+        most = len(FAMILIES["auto"])
+        options = {"families": most, "longest": LONGEST, "device": "cuda", "calls": 4}
         chosen = [f"--{k} {v}" for k in options if (v := getattr(self.arguments, k)) != options[k]]
         command = (
             f"python tests/stress_kernels.py --implementations {implementation} --first {number} "
@@ -395,12 +401,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", type=int, default=most, help="the first so many of each")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--cases", type=int, default=100_000, help="calls of each implementation")
+    parser.add_argument(
+        "--calls", type=int, default=4, help="of the same, at most; the last counts"
+    )
     parser.add_argument("--seconds", type=float, default=100.0, help="begin no call later")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--longest", type=int, default=LONGEST, help="in tokens")
     parser.add_argument("--output", type=Path, help="the record of the run")
     arguments = parser.parse_args(argv)
-    for name, most_allowed in (("families", most), ("cases", None), ("processes", None)):
+    for name, most_allowed in (
+        ("families", most),
+        ("cases", None),
+        ("processes", None),
+        ("calls", None),
+    ):
         value = getattr(arguments, name)
         if value < 1 or (most_allowed is not None and value > most_allowed):
             allowed = "at least 1" + (f" and at most {most_allowed}" if most_allowed else "")

@@ -43,7 +43,7 @@ def test_a_miss_is_seen_and_names_its_command(monkeypatch):
     class Answers:
         put = staticmethod(answers.append)
 
-    def spoiled(scenario, inputs, impl):
+    def spoiled(scenario, inputs, impl, calls):
         results = as_ever(scenario, inputs, impl)
         results.grad_key.view(-1)[0] += 1.0
         return results
