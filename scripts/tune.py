@@ -11,7 +11,7 @@ sizes as they are in the table. The record holds every candidate's times, and th
 the tables in `ops/triton/tile_sizes.py` and `ops/triton/decode_sizes.py` as they would be. Nothing is changed by itself: a row that wins
 by less than the rounds differ is not worth it.
 
-With `--processes` candidates are compiled in so many processes beforehand. `--resume` keeps what `--output` holds; with `--seconds` no kernel
+With `--processes` candidates are compiled in so many processes beforehand. `--resume` keeps what `--output` holds; with `--seconds` nothing
 is begun later.
 """
 
