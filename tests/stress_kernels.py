@@ -243,7 +243,10 @@ class Launches:
 
         def run_backward(*arguments):
             self.is_backward = True
-            return backward_as_ever(*arguments)
+            try:
+                return backward_as_ever(*arguments)
+            finally:
+                self.is_backward = False
 
         patch.setattr(launch, "launch", launch_and_note)
         patch.setattr(triton_ops, "_run_backward", run_backward)
