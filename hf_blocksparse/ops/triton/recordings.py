@@ -247,6 +247,13 @@ def _filled(values: list[Any], holes: list[tuple[int, Fill]], tensors: list[Any]
     return values
 
 
+class NotYet(NamedTuple):
+    """How often a call was watched in vain, and why the last time."""
+
+    attempts: int = 0
+    refusal: str = ""
+
+
 class Recording(NamedTuple):
     """`steps` work on a list of the inputs, which they append to; `results` lie there; `kept` are the tensors that must be alive."""
 
@@ -321,7 +328,7 @@ def recorded(
         return run()
     key = tuple(parts)
     found = known.get(key)
-    if found == ATTEMPTS or is_capturing(device):
+    if is_capturing(device):
         return run()
     if isinstance(found, Recording):
         if device.index == torch._C._cuda_getDevice():
@@ -336,13 +343,15 @@ def recorded(
         # The first call builds indices and compiles, which cannot be done again.
         if len(known) >= MOST_RECORDINGS:
             known.clear()
-        known[key] = 0
+        known[key] = NotYet()
+        return run()
+    if found.attempts == ATTEMPTS:
         return run()
     recorder = Recorder(inputs)
     with recorder:
         given = run()
     try:
         known[key] = recorder.finish(given)
-    except Refused:
-        known[key] = found + 1
+    except Refused as refused:
+        known[key] = NotYet(found.attempts + 1, str(refused))
     return given
