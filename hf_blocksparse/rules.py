@@ -347,6 +347,19 @@ class Table(Rule):
         place = (self._head(tiles.head), tiles.q, tiles.kv)
         return some[place], every[place]
 
+    def keys(self, tiles: Tiles) -> list[Tensor]:
+        some, every = self.bounds(tiles)
+        # A tile that reaches past an end is not empty there, where `some` does not look.
+        end_row, end_col = (size * self.block_size for size in self.table.shape[1:])
+        reaches_past = (
+            (tiles.row_start < self.first_row)
+            | (tiles.row_last >= self.first_row + end_row)
+            | (tiles.col_last >= end_col)
+        )
+        matters = ~every & (some | reaches_past)
+        keys = [torch.where(matters, key, 0) for key in self._partial_keys(tiles)]
+        return [2 * every.long() + matters.long(), *keys]
+
     def _partial_keys(self, tiles: Tiles) -> list[Tensor]:
         if self.block_size == 1:
             return [tiles.grid.arange(tiles.q.numel())]

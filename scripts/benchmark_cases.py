@@ -343,13 +343,27 @@ def _bars() -> Grid:
     grid += [(Case("random10", block), (OURS,)) for block in (64, 32, 16)]
     for layout, block in (("window", 1), ("random25", 128), ("bigbird", 64)):
         grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
-    for length in (16384, 32768, 65536, 131072):
-        grid.append((Case("sink_window8k", 1, length_tokens=length), (OURS,)))
-    grid.append((Case("sink_window4k", 1, 1 << 20, 64, heads=8, kv_heads=8), (OURS,)))
-    for length in (512, 1024, 2048):
-        grid.append((small("causal", 1, length), (OURS, "flex", *_DENSE)))
-        grid.append((small("window", 1, length), (OURS, "flex", *_DENSE)))
+    grid += _lengths() + _launch()
     return grid
+
+
+def _lengths() -> Grid:
+    """A budget that stays while the length grows: 8,192 keys a query up to 131,072 tokens, 4,096 at a million."""
+    grid: Grid = [
+        (Case("sink_window8k", 1, length_tokens=length), (OURS,))
+        for length in (16384, 32768, 65536, 131072)
+    ]
+    grid.append((Case("sink_window4k", 1, 1 << 20, 64, heads=8, kv_heads=8), (OURS,)))
+    return grid
+
+
+def _launch() -> Grid:
+    """Short calls, whose time is the CPU's: what it takes to issue one."""
+    return [
+        (Case(layout, 1, length, 64), (OURS, "flex", *_DENSE))
+        for length in (512, 1024, 2048)
+        for layout in ("causal", "window")
+    ]
 
 
 def _full() -> Grid:
@@ -394,6 +408,8 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "bars": _bars,
     "full": _full,
     "decode": _decode,
+    "lengths": _lengths,
+    "launch": _launch,
 }
 
 

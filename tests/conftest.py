@@ -1,7 +1,9 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton."""
 
 import os
+import sys
 
+import numerics
 import pytest
 import torch
 
@@ -17,17 +19,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Uninitialised floating point tensors hold NaN, so that an output nobody wrote cannot pass."""
+    numerics.poison_memory(monkeypatch)
 
-    def poisoning(allocate):
-        def allocate_and_fill(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            if tensor.dtype.is_floating_point:
-                with torch.no_grad():
-                    tensor.fill_(float("nan"))
-            return tensor
 
-        return allocate_and_fill
-
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+@pytest.fixture(autouse=True)
+def calls_are_forgotten():
+    """Equal calls are checked once and their launches kept: what a test replaces must not be passed by for what an earlier one did."""
+    attention = sys.modules.get("hf_blocksparse.attention")
+    if attention is not None:
+        attention._prepare_known.cache_clear()

@@ -403,6 +403,16 @@ def test_the_grid_of_decoding():
     assert not lengths
 
 
+def test_the_grids_of_lengths_and_of_launches_are_part_of_the_bars():
+    bars = dict(GRIDS["bars"]())
+    lengths, launches = dict(GRIDS["lengths"]()), dict(GRIDS["launch"]())
+    assert lengths.items() | launches.items() <= bars.items()
+    assert {case.length_tokens for case in launches} == {512, 1024, 2048}
+    assert max(case.length_tokens for case in lengths) == 1 << 20
+    for names in launches.values():
+        assert {"ours", "flex", "sdpa_flash"} <= set(names)
+
+
 def test_options_that_leave_nothing_or_no_gpu_say_so(monkeypatch):
     with pytest.raises(SystemExit, match="has no case that the other options leave"):
         benchmark.main(["--grid=quick", "--layouts", "longformer"])

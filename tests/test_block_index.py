@@ -191,6 +191,33 @@ def test_tables_without_gaps_that_end_inside_a_tile(layout, tile):
     assert torch.equal(index.transpose_to_dense(LONGEST, LONGEST), expected)
 
 
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "table",
+    [
+        TensorLayout.from_tensor(torch.eye(19).flip(0).tril(-3), 16),
+        MaskLayout.from_tensor(torch.eye(LONGEST).flip(0).tril(-40)),
+    ],
+    ids=repr,
+)
+def test_a_table_united_with_a_window_that_ends_inside_a_tile(table, tile):
+    """The diagonal's tiles keep nothing of the table; the last of them reaches past its end, and must not lend them its mask."""
+    layout = table | SlidingWindow(20)
+    index = build_index(
+        layout,
+        is_causal=True,
+        num_heads=1,
+        query_end=LONGEST,
+        key_end=LONGEST,
+        tile_q=tile,
+        tile_kv=tile,
+        device=CPU,
+    )
+    expected = layout.to_mask(LONGEST, is_causal=True)
+    assert torch.equal(index.to_dense(LONGEST, LONGEST), expected)
+    assert torch.equal(index.transpose_to_dense(LONGEST, LONGEST), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(layouts, st.booleans(), tiles, st.integers(0, 9))
 def test_lists_are_sorted_and_full_tiles_first(layout, is_causal, tile, seed):

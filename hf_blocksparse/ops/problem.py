@@ -1,7 +1,7 @@
 """What an implementation of block-sparse attention is given besides its tensors."""
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Problem:
         dropout_p: probability of dropping a coefficient.
         dropout_seed: int64 scalar tensor on the tensors' device, None without dropout.
         portable: only kernels that run on every GPU may be chosen.
+        recordings: what an implementation keeps for the next call of the same problem.
     """
 
     index_for: IndexFor
@@ -58,6 +59,7 @@ class Problem:
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     portable: bool = False
+    recordings: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 def empty_rows_like(tensor: Tensor, last_size: int) -> Tensor:

@@ -22,9 +22,12 @@ from torch.autograd import Function
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem, TensorSpec
 from hf_blocksparse.ops.triton.decode_sizes import has_few_queries
+from hf_blocksparse.ops.triton.recordings import recorded
 from hf_blocksparse.ops.triton.tile_sizes import backend_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+RECORDED_DTYPES = (torch.float16, torch.bfloat16)
+"""Products of float32 also depend on what torch allows, and take longer than it takes to issue a call."""
 
 
 @cache
@@ -160,11 +163,16 @@ def _run_forward(
     problem: Problem,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if has_few_queries(query.shape[2], key.shape[2], problem.dropout_p):
-        return _launch().launch_decode(query, key, value, sinks, alibi_slopes, problem, scale)
-    if hopper.takes_forward(query, key, value, sinks, alibi_slopes, problem):
-        return hopper.forward(query, key, value, problem, scale)
-    return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
+    def run() -> tuple[Tensor, Tensor]:
+        if has_few_queries(query.shape[2], key.shape[2], problem.dropout_p):
+            return _launch().launch_decode(query, key, value, sinks, alibi_slopes, problem, scale)
+        if hopper.takes_forward(query, key, value, sinks, alibi_slopes, problem):
+            return hopper.forward(query, key, value, problem, scale)
+        return _launch().launch_forward(query, key, value, sinks, alibi_slopes, problem, scale)
+
+    if query.dtype not in RECORDED_DTYPES:
+        return run()
+    return recorded(problem.recordings, ("forward",), (query, key, value, sinks, alibi_slopes), run)
 
 
 def _run_backward(
@@ -181,14 +189,21 @@ def _run_backward(
     scale: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    if hopper.takes_backward(query, key, value, sinks, alibi_slopes, problem):
-        return *hopper.backward(
-            grad_out, grad_lse, query, key, value, out, lse, problem, scale, needed
-        ), None
-    return _launch().launch_backward(
-        grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
-        problem, scale, needed,
-    )  # fmt: skip
+    def run() -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        if hopper.takes_backward(query, key, value, sinks, alibi_slopes, problem):
+            return *hopper.backward(
+                grad_out, grad_lse, query, key, value, out, lse, problem, scale, needed
+            ), None
+        return _launch().launch_backward(
+            grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse,
+            problem, scale, needed,
+        )  # fmt: skip
+
+    if query.dtype not in RECORDED_DTYPES:
+        return run()
+    kind = ("backward", torch.are_deterministic_algorithms_enabled(), *needed)
+    inputs = (grad_out, grad_lse, query, key, value, sinks, alibi_slopes, out, lse)
+    return recorded(problem.recordings, kind, inputs, run)
 
 
 class _Attention(Function):

@@ -32,6 +32,7 @@ from hf_blocksparse.ops.triton.decode_sizes import (
     num_splits,
 )
 from hf_blocksparse.ops.triton.forward import forward_kernel
+from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
     GATHERED_RATE,
     Direction,
@@ -386,16 +387,21 @@ def launch(
     device = torch.cuda.current_device()
     if kind is None:
         kind = tuple(map(_kind_of, arguments))
-    variant = (kernel.__name__, device, kind, *constants.values(), *options.values())
+    variant = (kernel, device, kind, *constants.values(), *options.values())
     compiled = _compiled.get(variant)
-    if compiled is not None:
-        compiled[grid](*arguments, *constants.values())
-        return
-    # Triton's default of fusing products changes between releases.
-    compiled = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
-    if len(_compiled) >= REMEMBERED_VARIANTS:
-        _compiled.clear()
-    _compiled[variant] = compiled.result() if hasattr(compiled, "result") else compiled
+    if compiled is None:
+        # Triton's default of fusing products changes between releases.
+        compiled = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
+        if hasattr(compiled, "result"):
+            compiled = compiled.result()
+        if len(_compiled) >= REMEMBERED_VARIANTS:
+            _compiled.clear()
+        _compiled[variant] = compiled
+    else:
+        start(compiled, grid, (*arguments, *constants.values()), current_stream())
+    recorder = watched()
+    if recorder is not None:
+        recorder.launched(compiled, grid, (*arguments, *constants.values()))
 
 
 def _kind_of(argument: Any) -> Any:

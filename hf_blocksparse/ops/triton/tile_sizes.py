@@ -6,7 +6,8 @@ below 64 get tiles of 64, which run faster than small tiles would: either tiles 
 or tiles gathered from strips as wide as a block, where those leave out enough (see `GATHERED_RATE`).
 
 The rows for sm_90 and head sizes 64 and 128 were picked from trials on an NVIDIA H200 with Triton 3.6, of which no record is
-kept: run scripts/benchmark.py to judge them. The other rows fit shared memory and are not measured yet.
+kept. The other rows fit shared memory and are not measured yet. `scripts/tune.py` measures rows against their neighbours on the GPU it
+runs on, and prints them as they would stand here.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ Direction = Literal["forward", "grad_query", "grad_key_value"]
 GATHERED_RATE = 0.75
 """Coefficients that a kernel computes from gathered strips in the time in which it computes one from a tile of the grid.
 
-So strips are taken where their share of the tiles' coefficients is at most this. On an NVIDIA H200 it is 0.76 to 0.79 forward and 0.86 to
-0.89 backward (random 10 %, blocks of 32 and 16).
+So strips are taken where their share of the tiles' coefficients is at most this. Trials on an NVIDIA H200, of which no record is kept, gave
+0.76 to 0.79 forward and 0.86 to 0.89 backward (random 10 %, blocks of 32 and 16).
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -129,7 +130,7 @@ _TABLE: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int
 
 # With strips, {largest padded head size: (tile_q, tile_kv, num_warps, num_stages)}; elsewhere the sizes without them, and three stages
 # where there is a pipeline: it loads the numbers of strips as long before their rows as these before their products, so that it takes
-# two stages more for each tile it loads ahead. Run on an NVIDIA H200, but not compared with others.
+# two stages more for each tile it loads ahead. Run on an NVIDIA H200, but not compared with others: `scripts/tune.py` does.
 _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]] = {
     ("sm_90", "forward", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
     ("sm_90", "grad_query", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},

@@ -1,0 +1,99 @@
+"""One small call of each kernel, for compute-sanitizer to look at.
+
+    compute-sanitizer --tool memcheck python tests/sanitized_kernels.py portable
+    compute-sanitizer --tool racecheck python tests/sanitized_kernels.py hopper
+
+`planted` runs kernels with an error each, which the tool must find: one that writes past its tensor, one whose warps write different
+values to one place of shared memory. The last line is a JSON object: how often which kernel was launched. Whether results are right is for
+other tests; nothing is compared here, so that the tool has nothing but the kernels and the building of their lists to look at.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from scenarios import Scenario, results_of_kernels
+
+from hf_blocksparse import BigBird, Dense, PerHead, SinkWindow, SlidingWindow, TensorLayout
+
+SCATTERED = TensorLayout.from_tensor(
+    torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2, 16
+)
+HALF = Scenario(SlidingWindow(100), 200, dtype=torch.float16, head_dim=64, heads=2, kv_heads=1)
+DOCUMENTS = ((0, 0, 3), (0, 3, 130), (0, 135, 200))
+# By what they run; each of them forward and backward, where no other is said.
+PARTS = {
+    # Full, partial and edge tiles; every option; decoding, split over programs and not; gathered strips.
+    "portable": (
+        "triton",
+        (
+            replace(HALF, layout=BigBird(64), runs=DOCUMENTS),
+            replace(HALF, sinks=True, softcap=2.0, alibi="by head", dropout_p=0.2, grad_lse=True),
+            replace(HALF, layout=SCATTERED, is_causal=False, head_dim=40, value_dim=24),
+            replace(HALF, layout=Dense(), query_len=3, kv_len=300),
+            replace(HALF, dtype=torch.float32, query_len=70),
+        ),
+    ),
+    # Tiles of every kind, groups of heads, documents, a padded head size.
+    "hopper": (
+        "auto",
+        (
+            replace(HALF, layout=SinkWindow(4, 150), query_len=400, grad_lse=True),
+            replace(HALF, layout=PerHead((Dense(), BigBird(64))), query_len=300, head_dim=128),
+            replace(HALF, layout=Dense(), runs=DOCUMENTS, is_causal=False, head_dim=96, kv_heads=2),
+        ),
+    ),
+}
+
+
+def count_launches(counts: Counter) -> None:
+    """Counts every launch of a compiled kernel from now on, by name."""
+    from triton import knobs
+
+    def note(metadata) -> None:
+        counts[metadata.get()["name"]] += 1
+
+    knobs.runtime.launch_enter_hook.add(note)
+
+
+@triton.jit
+def planted_overrun_kernel(tensor, SIZE: tl.constexpr):
+    tl.store(tensor + tl.arange(0, SIZE), 1)
+
+
+@triton.jit
+def planted_race_kernel(tensor, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    seen = tl.inline_asm_elementwise(
+        "{ .shared .align 4 .b32 cell; st.shared.b32 [cell], $1; ld.shared.b32 $0, [cell]; }",
+        "=r,r",
+        [places],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    tl.store(tensor + places, seen)
+
+
+def main(part: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts: Counter = Counter()
+    count_launches(counts)
+    if part == "planted":
+        planted_race_kernel[(1,)](torch.zeros(128, dtype=torch.int32, device=device), SIZE=128)
+        planted_overrun_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device=device), SIZE=1024)
+    else:
+        implementation, scenarios = PARTS[part]
+        for scenario in scenarios:
+            results_of_kernels(scenario, scenario.inputs(device), implementation)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(json.dumps(counts), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,302 @@
+"""Calls that are done again from what was watched give what the ordinary code gives; what cannot be done again is refused."""
+
+import gc
+from weakref import ref
+
+import pytest
+import torch
+from numerics import make_qkv
+
+from hf_blocksparse import Dense, Sequences, SinkWindow, SlidingWindow, block_sparse_attention
+from hf_blocksparse import attention as attention_module
+from hf_blocksparse.block_index import clear_cache
+from hf_blocksparse.ops import triton as triton_ops
+from hf_blocksparse.ops.triton import recordings
+from hf_blocksparse.ops.triton.recordings import Recorder, Recording, Refused
+
+KEPT = torch.arange(5, dtype=torch.int32)
+
+
+class Descriptor:
+    """Of Triton's descriptors what matters: a base, and an attribute by which they are known."""
+
+    def __init__(self, base):
+        self.base, self.block_shape = base, [1, 2]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What kernels were started with."""
+    calls = []
+    monkeypatch.setattr(recordings, "start", lambda *call: calls.append(call))
+    monkeypatch.setattr(recordings, "current_stream", lambda: 7)
+    return calls
+
+
+def host_code(query, key, spoil=lambda query, key: None):
+    """As launches do it: memory with heads outside of rows, parts of one tensor, fills, and two kernels."""
+    out = query.new_empty(2, 3, 4).transpose(0, 1)
+    first, second = query.new_empty(2, 6)
+    out.zero_()
+    second.fill_(float("-inf"))
+    spoil(query, key)
+    recorder = recordings.watched()
+    if recorder is not None:
+        rows = (out, out.stride())
+        recorder.launched("one", (1, 2, 3), (query, Descriptor(key), (rows, None, KEPT), 1.5))
+        recorder.launched("two", (4, 1, 1), (first, second, Descriptor(out), KEPT, (7, 8)))
+    return out, second, None
+
+
+def watch(query, key, **options):
+    recorder = Recorder((query, None, key))
+    with recorder:
+        results = host_code(query, key, **options)
+    assert recordings.watched() is None
+    return recorder.finish(results)
+
+
+def test_a_recording_fills_in_other_tensors(started):
+    recording = watch(torch.ones(5), torch.ones(6))
+    query, key = torch.zeros(5), torch.zeros(6)
+    out, second, nothing = recording.play((query, None, key))
+    assert nothing is None and out.shape == (3, 2, 4) and out.stride() == (4, 12, 1)
+    assert not out.any() and second.shape == (6,) and second.isneginf().all()
+    one, two = started
+    assert one[:2] == ("one", (1, 2, 3)) and two[:2] == ("two", (4, 1, 1)) and one[3] == 7
+    pointer, descriptor, (rows, none, kept), number = one[2]
+    assert pointer == query.data_ptr() and descriptor.base is key and number == 1.5
+    assert rows == (out.data_ptr(), (4, 12, 1)) and none is None and kept == KEPT.data_ptr()
+    first_pointer, second_pointer, descriptor, kept, strides = two[2]
+    assert second_pointer == second.data_ptr() == first_pointer + 6 * 4
+    assert descriptor.base.data_ptr() == out.data_ptr() and strides == (7, 8)
+    again, _, _ = recording.play((query, None, key))
+    assert again.data_ptr() != out.data_ptr()
+
+
+def test_a_recording_holds_nothing_it_was_made_of(started):
+    query, key, indices = torch.ones(5), torch.ones(6), [torch.arange(3)]
+
+    def launch_over_an_index(query, key):
+        recorder = recordings.watched()
+        recorder.launched("three", (1, 1, 1), (*indices, Descriptor(key)))
+
+    recording = watch(query, key, spoil=launch_over_an_index)
+    assert recording.play((query, None, key)) is not None
+    alive = [ref(tensor) for tensor in (query, key, *indices)]
+    other = torch.ones(5), None, torch.ones(6)
+    del query, key
+    indices.clear()
+    started.clear()
+    gc.collect()
+    assert [tensor() for tensor in alive] == [None] * 3
+    # The index is gone: the ordinary code must make another.
+    assert recording.play(other) is None and not started
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda query, key: query + 1, "aten.add"),
+        (lambda query, key: query.sum().item(), "aten.sum"),
+        (lambda query, key: query.contiguous().clone(), "aten.clone"),
+        (lambda query, key: query.zero_(), "aten.zero_"),
+        (lambda query, key: KEPT.fill_(0), "aten.fill_"),
+        (
+            lambda query, key: recordings.watched().launched("three", (1,) * 3, (query.view(5, 1),)),
+            "a view of an input",
+        ),
+        (
+            lambda query, key: recordings.watched().launched("three", (1,) * 3, (Descriptor(KEPT),)),
+            "a descriptor of a tensor that is older",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_again_is_refused(spoil, reason, monkeypatch):
+    monkeypatch.setitem(globals(), "KEPT", KEPT.clone())
+    with pytest.raises(Refused, match=reason):
+        watch(torch.ones(5), torch.ones(6), spoil=spoil)
+
+
+def test_one_tensor_as_two_inputs_is_refused():
+    """The next call may have two: which of them was meant cannot be told."""
+    query = torch.ones(5)
+    with pytest.raises(Refused, match="several inputs"):
+        watch(query, query)
+    recorder = Recorder((query, None))
+    with recorder:
+        host_code(query, query)
+    with pytest.raises(Refused, match="a result that the call did not make"):
+        recorder.finish((query,))
+
+
+def forget_calls():
+    attention_module._prepare_known.cache_clear()
+
+
+def results(tensors, grad_out, layout, **options):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out, lse = block_sparse_attention(*leaves, layout, return_lse=True, **options)
+    return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def assert_as_ordinary(got, tensors, grad_out, layout, **options):
+    forget_calls()
+    names = ("out", "lse", "grad_query", "grad_key", "grad_value")
+    for name, ours, expected in zip(
+        names, got, results(tensors, grad_out, layout, **options), strict=True
+    ):
+        assert ours.stride() == expected.stride(), name
+        if name == "grad_query":  # on Hopper a sum in no fixed order
+            torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-3)
+        else:
+            assert torch.equal(ours, expected), name
+
+
+@pytest.fixture
+def recorded_calls(monkeypatch):
+    """The recordings of the last call's problem, by a function."""
+    forget_calls()
+    clear_cache()
+    known = {}
+
+    def run_and_note(*arguments):
+        nonlocal known
+        known = arguments[5].recordings
+        return forward_as_ever(*arguments)
+
+    forward_as_ever = triton_ops._run_forward
+    monkeypatch.setattr(triton_ops, "_run_forward", run_and_note)
+    yield lambda: known
+    forget_calls()
+
+
+def assert_recorded(known):
+    others = {key: found for key, found in known.items() if not isinstance(found, Recording)}
+    assert known and not others, others
+
+
+def draw(seed, query_len=300, kv_len=300, heads_outside=True, head_dim=64):
+    shape = (2, 4, 2, query_len, kv_len, head_dim, head_dim)
+    return make_qkv(
+        *shape, dtype=torch.bfloat16, device="cuda", rows_outside_heads=heads_outside, seed=seed
+    )
+
+
+TABLE = torch.tensor([[0, 20, 200, 0, 20, 200, 0], [1, 0, 300, 0, 0, 300, 0]], dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+def test_repeated_calls_are_as_the_first(impl, is_padded, recorded_calls, poisoned_memory):
+    layout, options = SinkWindow(4, 100), dict(impl=impl, is_causal=True)
+    if is_padded:
+        sequences = Sequences(
+            TABLE.cuda(), batch=2, query_len=300, kv_len=300, query_end=300, key_end=300,
+            covers_queries=False, covers_keys=False,
+        )  # fmt: skip
+        options["sequences"] = sequences
+    for heads_outside in (True, False):
+        for seed in range(6):
+            tensors = draw(seed, heads_outside=heads_outside)
+            grad_out = torch.randn_like(tensors[0])
+            got = results(tensors, grad_out, layout, **options)
+        assert_recorded(recorded_calls())
+        assert_as_ordinary(got, tensors, grad_out, layout, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_other_strides_and_addresses_are_other_recordings(impl, recorded_calls):
+    layout, options = SlidingWindow(70), dict(impl=impl, is_causal=True)
+    tensors = draw(0)
+    grad_out = torch.randn_like(tensors[0])
+
+    def misaligned(tensor):
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+    kinds = (
+        tensors,
+        tuple(map(misaligned, tensors)),
+        tuple(tensor.contiguous() for tensor in tensors),
+        (tensors[0], tensors[1], tensors[1]),
+    )
+    given = [results(kind, grad_out, layout, **options) for _ in range(4) for kind in kinds]
+    for got, kind in zip(given[-len(kinds) :], kinds, strict=True):
+        assert_as_ordinary(got, kind, grad_out, layout, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_an_index_that_was_forgotten_is_built_again(impl, recorded_calls):
+    layout, options = SinkWindow(4, 100), dict(impl=impl, is_causal=True)
+    tensors = draw(0)
+    grad_out = torch.randn_like(tensors[0])
+    for _ in range(4):
+        results(tensors, grad_out, layout, **options)
+    clear_cache()
+    gc.collect()
+    used = [torch.full((1 << 20,), -1, device="cuda") for _ in range(4)]  # where the index lay
+    for _ in range(4):
+        got = results(tensors, grad_out, layout, **options)
+    assert_as_ordinary(got, tensors, grad_out, layout, **options)
+    assert all(int(tensor.max()) == -1 for tensor in used)
+
+
+@pytest.mark.gpu
+def test_a_recorded_call_of_few_queries(recorded_calls):
+    layout, options = Dense(), dict(is_causal=True)
+    for seed in range(5):
+        tensors = draw(seed, query_len=3, kv_len=1000)
+        with torch.no_grad():
+            got = block_sparse_attention(*tensors, layout, **options)
+    assert_recorded(recorded_calls())
+    forget_calls()
+    with torch.no_grad():
+        assert torch.equal(got, block_sparse_attention(*tensors, layout, **options))
+
+
+@pytest.mark.gpu
+def test_recorded_calls_on_another_stream_and_in_a_graph(recorded_calls):
+    layout, options = SinkWindow(4, 100), dict(is_causal=True)
+    tensors, other = draw(0), draw(1)
+    expected = [block_sparse_attention(*given, layout, **options) for given in (tensors, other)]
+    for _ in range(3):
+        block_sparse_attention(*tensors, layout, **options)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        moved = [torch.empty_like(tensor).copy_(tensor) for tensor in other]
+        out = block_sparse_attention(*moved, layout, **options)
+    stream.synchronize()
+    assert torch.equal(out, expected[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = block_sparse_attention(*tensors, layout, **options)
+    for tensor, given in zip(tensors, other, strict=True):
+        tensor.copy_(given)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected[1])
+
+
+@pytest.mark.gpu
+def test_launch_hooks_hear_of_recorded_calls(recorded_calls):
+    from triton import knobs
+
+    layout, heard = SinkWindow(4, 100), []
+    tensors = draw(0)
+    for _ in range(3):
+        block_sparse_attention(*tensors, layout, is_causal=True)
+
+    def note(metadata):
+        heard.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    try:
+        block_sparse_attention(*tensors, layout, is_causal=True)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
+    assert heard == ["forward_kernel"]
