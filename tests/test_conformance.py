@@ -47,7 +47,7 @@ def test_a_patched_model_moves_to_the_gpu(family):
 def ignore_padding(mask):
     batch, _, query_len, kv_len = mask.shape
     start = kv_len - query_len
-    mask.sequences = Sequences.uniform(batch, query_len, kv_len, start, mask.device)
+    mask._sequences = Sequences.uniform(batch, query_len, kv_len, start, mask.device)
     mask.dense = None
 
 
@@ -63,7 +63,7 @@ def count_from_the_first_row(mask):
     table = mask.sequences.table.clone()
     table[:, 3] = table[:, 1]
     table[:, 6] = table[:, 4]
-    mask.sequences = Sequences(
+    mask._sequences = Sequences(
         **{
             name: getattr(mask.sequences, name)
             for name in ("batch", "query_len", "kv_len", "query_end", "key_end")

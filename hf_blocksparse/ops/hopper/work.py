@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_blocksparse.capture import check_not_capturing
+from hf_blocksparse.capture import build_to_keep, check_not_capturing
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
 from hf_blocksparse.sequences import Q_LEN, Q_POS
@@ -239,7 +239,10 @@ def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedul
     """The schedule of a call with `heads` query heads, made at its first use and kept as long as index and sequences live."""
     known = _known(_schedules, index, sequences)
     if heads not in known:
-        known[heads] = make_schedule(index, sequences, heads, _multiprocessors(index.bank.device))
+        device = index.bank.device
+        known[heads] = build_to_keep(
+            device, lambda: make_schedule(index, sequences, heads, _multiprocessors(device))
+        )
     return known[heads]
 
 
@@ -249,8 +252,12 @@ def column_schedule_for(
     """The same for the backward kernel."""
     known = _known(_column_schedules, index, sequences)
     if (heads, kv_heads) not in known:
-        known[heads, kv_heads] = make_column_schedule(
-            index, sequences, heads, kv_heads, _multiprocessors(index.bank.device)
+        device = index.bank.device
+        known[heads, kv_heads] = build_to_keep(
+            device,
+            lambda: make_column_schedule(
+                index, sequences, heads, kv_heads, _multiprocessors(device)
+            ),
         )
     return known[heads, kv_heads]
 
@@ -296,7 +303,8 @@ def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_multiprocessors: int
 ) -> Schedule:
     """Lists for `num_multiprocessors`, fewer where there are fewer tiles. `index` has tiles of `TILE x TILE` and is not empty."""
-    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    if not sequences.is_transient:
+        check_not_capturing(index.bank.device, "the schedule of these sequences")
     items = sequences.q_items(TILE)
     num_items = items.shape[0]
     records = items.new_empty(num_items * heads, RECORD)
@@ -320,7 +328,8 @@ def make_column_schedule(
     num_multiprocessors: int,
 ) -> ColumnSchedule:
     """Lists of key tiles; otherwise as `make_schedule`."""
-    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    if not sequences.is_transient:
+        check_not_capturing(index.bank.device, "the schedule of these sequences")
     items = sequences.kv_items(TILE)
     num_items = items.shape[0]
     first_slots = _first_slots(sequences)
@@ -373,14 +382,19 @@ def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tens
         records[:, 0, field] = torch.where(is_empty, value, records[:, 0, field])
 
 
-@torch.inference_mode(False)
 def transposed_bank(index: BlockIndex) -> Tensor:
     """The bank of `index` with words along the queries: bit `c % 32` of word `c // 32` of row `r` is coefficient `(c, r)`."""
     bank = _transposed_banks.get(index)
     if bank is None:
         check_not_capturing(index.bank.device, "the transposed masks of this layout")
-        bank = torch.empty_like(index.bank)
-        if bank.shape[0]:
-            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=TILE)
+        bank = build_to_keep(index.bank.device, lambda: _transpose(index.bank))
         _transposed_banks[index] = bank
     return bank
+
+
+@torch.inference_mode(False)
+def _transpose(bank: Tensor) -> Tensor:
+    transposed = torch.empty_like(bank)
+    if bank.shape[0]:
+        transpose_bank_kernel[(bank.shape[0],)](bank, transposed, TILE_SIZE=TILE)
+    return transposed
