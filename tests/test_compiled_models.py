@@ -129,39 +129,44 @@ def compile_everywhere(backend):
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "padded", "graphs"),
+    ("family", "layout", "padded"),
     [
-        ("llama", LAYOUT, False, 1),
-        ("llama", LAYOUT, True, 1),
-        ("llama", {1: LAYOUT}, True, 1),
-        ("llama", Dense(), True, 1),
-        # A window's cache is another one once it is full.
-        ("gemma2", LAYOUT, True, 2),
-        ("mistral", LAYOUT, False, 2),
-        ("gpt_oss", LAYOUT, True, 2),
+        ("llama", LAYOUT, False),
+        ("llama", LAYOUT, True),
+        ("llama", {1: LAYOUT}, True),
+        ("llama", Dense(), True),
+        ("gemma2", LAYOUT, True),
+        ("gpt_oss", LAYOUT, False),
     ],
 )
-def test_generation_with_a_static_cache_compiles_one_step(family, layout, padded, graphs):
-    model = patch_model(make_model(family, "eager" if family in EAGER_ALONE else "sdpa"), layout)
+def test_generation_with_a_static_cache_compiles_its_step(family, layout, padded):
+    model = make_model(family, "eager" if family in EAGER_ALONE else "sdpa")
     batch = make_batch(7, padded=False)
     if padded:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, :3] = 0
     options = dict(
-        max_new_tokens=6,
-        min_new_tokens=6,
+        max_new_tokens=5,
+        min_new_tokens=5,
         do_sample=False,
         cache_implementation="static",
         return_dict_in_generate=True,
         output_scores=True,
     )
+    num_graphs = 1
+    if family in EAGER_ALONE:
+        # transformers' cache of a window counts in Python, and its step is compiled anew for some counts.
+        backend, graphs = counting_backend()
+        model.generate(**batch, **options, compile_config=compile_everywhere(backend))
+        num_graphs = len(graphs)
+        torch._dynamo.reset()
+    patch_model(model, layout)
     expected = model.generate(**batch, **options, disable_compile=True)
-    backend, compiled = counting_backend()
-    with torch._dynamo.config.patch(error_on_recompile=graphs == 1):
-        found = model.generate(**batch, **options, compile_config=compile_everywhere(backend))
+    backend, graphs = counting_backend()
+    found = model.generate(**batch, **options, compile_config=compile_everywhere(backend))
     scores = (torch.stack(found.scores), torch.stack(expected.scores))
     torch.testing.assert_close(*scores, **LOGITS)
-    assert 1 <= len(compiled) <= graphs
+    assert len(graphs) == num_graphs
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -186,11 +191,12 @@ def test_steps_of_a_loop_with_a_static_cache_are_one_graph(padded):
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(compiled), logits_of(model), **LOGITS)
-        whole = model(tokens).logits[1:]
-        torch.testing.assert_close(logits_of(compiled), whole, **LOGITS)
-    # Prefill, a step, and with a mask that grows, steps of any length.
-    assert counter.frame_count <= (4 if padded else 3)
+        expected, whole = logits_of(model), model(tokens).logits[1:]
+        found = logits_of(compiled)
+    torch.testing.assert_close(found, expected, **LOGITS)
+    torch.testing.assert_close(found, whole, **LOGITS)
+    # Prefill and a step; where the mask that is given grows, a step for the first length and one for all others.
+    assert counter.frame_count == (3 if padded else 2)
 
 
 def own_4d_mask(batch, heads, length):
