@@ -400,7 +400,7 @@ def test_inductor_on_a_gpu_trains_as_eager(gpu_model, way):
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(gpu_model, fullgraph=True, backend=counter)
     in_float32 = copy.deepcopy(gpu_model).float()
-    for length in (300, 421, 500):
+    for length in (300, 421):
         batch = WAYS[way](length)
         batch = {
             name: value.cuda() if isinstance(value, torch.Tensor) else value
