@@ -105,24 +105,36 @@ class Sequences:
             table: their table, which may have more rows than sequences.
             facts: see `facts`; None where nothing but the table says where the sequences lie: a static cache.
         """
-        made_for = dict(batch=batch, query_len=query_len, kv_len=kv_len)
         if facts is None:
-            ends = dict(query_end=kv_len, key_end=kv_len, covers_queries=False, covers_keys=False)
-            return Sequences(table, **made_for, **ends, is_transient=True), True
-        serial, count, begin, query_end, key_end, *covers = facts.tolist()
-        covers_queries, covers_keys, has_mask = map(bool, covers)
-        sequences = _of_serial.get(serial)
-        if sequences is None or sequences.table.device != table.device:
             sequences = Sequences(
-                table[:count],
-                **made_for,
-                query_end=query_end,
-                key_end=key_end,
-                covers_queries=covers_queries,
-                covers_keys=covers_keys,
-                query_begin=begin,
+                table,
+                batch=batch,
+                query_len=query_len,
+                kv_len=kv_len,
+                query_end=kv_len,
+                key_end=kv_len,
+                covers_queries=False,
+                covers_keys=False,
                 is_transient=True,
             )
+            return sequences, True
+        serial, count, begin, query_end, key_end, *covers = facts.tolist()
+        covers_queries, covers_keys, has_mask = map(bool, covers)
+        known = _of_serial.get(serial)
+        if known is not None and known.table.device == table.device:
+            return known, has_mask
+        sequences = Sequences(
+            table[:count],
+            batch=batch,
+            query_len=query_len,
+            kv_len=kv_len,
+            query_end=query_end,
+            key_end=key_end,
+            covers_queries=covers_queries,
+            covers_keys=covers_keys,
+            query_begin=begin,
+            is_transient=True,
+        )
         return sequences, has_mask
 
     @torch.inference_mode(False)  # the items outlive the call

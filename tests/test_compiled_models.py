@@ -340,6 +340,38 @@ def test_a_patched_model_can_be_copied_and_pickled():
         assert torch.equal(other(**batch).logits, expected)
 
 
+class WithPrefix(nn.Module):
+    """Makes its mask itself, with a function of its own: the first tokens read each other both ways."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden, attention_mask, position_embeddings):
+        def prefix(batch_idx, head_idx, q_idx, kv_idx):
+            return (q_idx < 4) & (kv_idx < 4)
+
+        mask = masking_utils.create_causal_mask(
+            self.model.config, hidden, attention_mask, None, None, or_mask_function=prefix
+        )
+        layer = self.model.model.layers[0]
+        return layer(hidden, attention_mask=mask, position_embeddings=position_embeddings)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_function_of_a_models_own_is_in_the_graph(padded):
+    model = patch_model(make_model("llama", "sdpa"), LAYOUT)
+    layer = WithPrefix(model)
+    hidden = torch.randn(3, 12, 32)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, 8:] = 0
+    mask = mask if padded else None
+    embeddings = model.model.rotary_emb(hidden, torch.arange(12)[None])
+    expected = layer(hidden, mask, embeddings)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden, mask, embeddings), expected, **LOGITS)
+
+
 class FirstLayer(nn.Module):
     """Compiled alone, it gets a mask that was made outside of its graph."""
 
