@@ -8,7 +8,7 @@ from conformance import run as conformance
 from conformance.matrix import ALL_FAMILIES, FEATURES, Run, judge, run_cell
 from conformance.reasons import expected_cell
 
-from hf_blocksparse import transformers_hook
+from hf_blocksparse import SlidingWindow, transformers_hook
 from hf_blocksparse.run_record import read_record
 from hf_blocksparse.sequences import Sequences
 
@@ -120,7 +120,7 @@ def test_the_matrix_notices_a_broken_mask(break_mask, family, features, monkeypa
     ("broken", "features"),
     [
         (
-            lambda layout, window, chunk: transformers_hook.SlidingWindow(window or 200),
+            lambda layout, window, chunk: SlidingWindow(window or 200),
             ("whole", "prefill_chunk_size"),
         ),
         (lambda layout, window, chunk: layout, ("whole", "dynamic_cache", "offloaded")),
@@ -128,7 +128,7 @@ def test_the_matrix_notices_a_broken_mask(break_mask, family, features, monkeypa
     ids=["the layout is ignored", "the window is ignored"],
 )
 def test_the_matrix_notices_a_broken_layout(broken, features, monkeypatch):
-    monkeypatch.setattr(transformers_hook, "_visible", broken)
+    monkeypatch.setattr(transformers_hook, "within", broken)
     for feature in features:
         with pytest.raises(AssertionError):
             run_cell(ALL_FAMILIES["gemma3"], FEATURES[feature])
