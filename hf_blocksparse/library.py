@@ -268,7 +268,7 @@ def _describe(
             holes = mask_of_keys(attention_mask, kv_len, kv_offset).to(device, copy=True)
     table = torch.zeros(rows, 7, dtype=torch.int32, device=device)
     table[: sequences.num_sequences] = sequences.table
-    return table, sequences.facts(has_holes), holes
+    return table, sequences.facts(has_holes, kv_offset), holes
 
 
 def _fake_describe(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_blocksparse.layouts import Dense
 from hf_blocksparse.model_layouts import LayerAttention, config_of
+from hf_blocksparse.transformers_masks import SequenceMask
 
 # Arguments of transformers' attention functions that do not change what attention computes.
 _WITHOUT_EFFECT = frozenset(
@@ -72,10 +73,27 @@ def own_attention(state: LayerAttention) -> Callable:
     return state.interface.get_interface(state.dense_implementation, state.eager_attention)
 
 
+def own_mask_of_graph(state: LayerAttention, query: Tensor, mask: SequenceMask) -> Tensor:
+    """What the model's own attention would have been given, of a mask in a graph that has it."""
+    own = mask.own
+    if own is None:
+        raise NotImplementedError(
+            f"{state.path} computes by the model's own attention {state.dense_implementation!r} and got a mask that a compiled graph made "
+            "without one for it; compile the whole model, or give every layer a layout."
+        )
+    if state.dense_implementation != "eager":
+        return own
+    lowest = torch.finfo(query.dtype).min
+    return torch.where(own, torch.zeros((), dtype=query.dtype, device=own.device), lowest)
+
+
 def weights_are_collected() -> bool:
     """Whether a model gathers its layers' weights, which it may do without telling the layers."""
     from transformers.utils.output_capturing import _active_collector
 
+    # A layer compiled alone cannot ask the model around it, and gives no weights.
+    if torch.compiler.is_compiling() and not _active_collector.compiling:
+        return False
     collected = _active_collector.get()
     return collected is not None and any(key.endswith("attentions") for key in collected)
 

@@ -15,7 +15,8 @@ from hf_blocksparse.capture import build_to_keep, check_not_capturing, keep_for_
 BATCH, Q_ROW, Q_LEN, Q_POS, KV_ROW, KV_LEN, KV_POS = range(7)
 
 # What a graph is told of a `Sequences` beside its table, see `Sequences.facts`.
-NUM_FACTS = 8
+NUM_FACTS = 9
+KEY_START_FACT, HAS_MASK_FACT = 7, 8
 REMEMBERED_FACTS = 64
 _serials = itertools.count()
 _of_serial: OrderedDict[int, Sequences] = OrderedDict()
@@ -81,19 +82,21 @@ class Sequences:
             self._items[of_queries, tile] = items
         return items
 
-    def facts(self, has_mask: bool = False) -> Tensor:
+    def facts(self, has_mask: bool = False, key_start: int = 0) -> Tensor:
         """What a compiled graph carries beside the table: int64 `[NUM_FACTS]` on the CPU, so that reading it waits for no device.
 
         A serial number, under which these sequences are found again while they are remembered; their number; `query_begin`,
-        `query_end`, `key_end`, `covers_queries`, `covers_keys`; and `has_mask`: whether the mask that goes along is needed.
+        `query_end`, `key_end`, `covers_queries`, `covers_keys`; `key_start`, the place of the first key among all tokens so far; and
+        `has_mask`: whether the mask that goes along is needed.
         """
         serial = next(_serials)
         _of_serial[serial] = self
         while len(_of_serial) > REMEMBERED_FACTS:
             _of_serial.popitem(last=False)
         bounds = (self.query_begin, self.query_end, self.key_end)
-        covers = (self.covers_queries, self.covers_keys, has_mask)
-        return torch.tensor([serial, self.num_sequences, *bounds, *covers], dtype=torch.int64)
+        covers = (self.covers_queries, self.covers_keys)
+        facts = (serial, self.num_sequences, *bounds, *covers, key_start, has_mask)
+        return torch.tensor(facts, dtype=torch.int64)
 
     @staticmethod
     def of_graph(
@@ -118,11 +121,11 @@ class Sequences:
                 is_transient=True,
             )
             return sequences, True
-        serial, count, begin, query_end, key_end, *covers = facts.tolist()
-        covers_queries, covers_keys, has_mask = map(bool, covers)
+        serial, count, begin, query_end, key_end, *covers, _, has_mask = facts.tolist()
         known = _of_serial.get(serial)
         if known is not None and known.table.device == table.device:
-            return known, has_mask
+            return known, bool(has_mask)
+        covers_queries, covers_keys = map(bool, covers)
         sequences = Sequences(
             table[:count],
             batch=batch,
@@ -135,7 +138,7 @@ class Sequences:
             query_begin=begin,
             is_transient=True,
         )
-        return sequences, has_mask
+        return sequences, bool(has_mask)
 
     @torch.inference_mode(False)  # the items outlive the call
     def _make_items(self, of_queries: bool, tile: int) -> Tensor:

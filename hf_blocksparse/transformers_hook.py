@@ -40,6 +40,7 @@ from hf_blocksparse.layouts import Dense
 from hf_blocksparse.model_calls import (
     computes_own,
     own_attention,
+    own_mask_of_graph,
     refuse_unknown,
     same_dtype,
     weights_are_collected,
@@ -271,6 +272,7 @@ def _read_mask(
             f"{state.path} got {query_len} queries and {kv_len} keys without causality: it is a cross-attention, and a layout has no "
             "meaning between two sequences; leave this layer out with a PerLayer layout."
         )
+    attention_mask = attention_mask.read_back()
     is_here = attention_mask.device == query.device
     return attention_mask if is_here else attention_mask.moved(query.device)
 
@@ -308,7 +310,10 @@ def _own_attention(
     """What the module would compute without us, with the mask it would have been given."""
     query, key, value, mask = tensors
     if isinstance(mask, SequenceMask):
-        mask = mask.own_mask(state.dense_implementation)
+        if mask.is_of_graph:
+            mask = own_mask_of_graph(state, query, mask)
+        else:
+            mask = mask.own_mask(state.dense_implementation)
         mask = mask if mask is None else mask.to(query.device)
     return own_attention(state)(module, query, key, value, mask, **options)
 

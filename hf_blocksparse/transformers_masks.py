@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_blocksparse.sequences import Sequences, mask_of_keys, sequences_of_padding
+from hf_blocksparse.sequences import (
+    KEY_START_FACT,
+    Sequences,
+    mask_of_keys,
+    sequences_of_padding,
+)
 
 
 class SequenceMask(Tensor):
@@ -45,6 +50,8 @@ class SequenceMask(Tensor):
     _table: Tensor | None
     _facts: Tensor | None
     _own: Tensor | None
+    _key_start: int
+    _has_padding: bool
     is_causal: bool
     window_tokens: int | None
     chunk_tokens: int | None
@@ -100,6 +107,8 @@ class SequenceMask(Tensor):
         mask.is_cross = is_cross
         mask.is_packed = is_packed
         mask.wants_own = False
+        mask._key_start = 0
+        mask._has_padding = False
         mask.derived = {}
         mask._arguments = arguments
         mask._own_masks = {}
@@ -107,28 +116,58 @@ class SequenceMask(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
-            f"SequenceMask(shape={tuple(self.shape)}, sequences={self.sequences.num_sequences}, "
+            f"SequenceMask(shape={tuple(self.shape)}, sequences={self.table.shape[0]}, "
             f"is_causal={self.is_causal}, window_tokens={self.window_tokens}, "
             f"chunk_tokens={self.chunk_tokens}, dense={self.dense is not None})"
         )
 
     @property
     def sequences(self) -> Sequences:
-        """Where the sequences lie in the batch. Not while tracing, where only `table` and `facts` are known."""
-        if self._sequences is None:
-            assert self._table is not None
-            batch, _, query_len, kv_len = self.shape
-            if self._table.shape[0]:
-                self._sequences, _ = Sequences.of_graph(
-                    self._table, self._facts, batch, query_len, kv_len
-                )
-            else:
-                self._sequences = Sequences.uniform(
-                    batch, query_len, kv_len, kv_len - query_len, self._table.device
-                )
+        """Where the sequences lie in the batch. Of a mask that a graph made, `read_back` has them."""
+        assert self._sequences is not None
         return self._sequences
 
     @property
+    def is_of_graph(self) -> bool:
+        """Whether a graph made this mask, so that all there is are `table`, `facts`, `dense` and `own`."""
+        return self._sequences is None
+
+    def read_back(self) -> SequenceMask:
+        """A mask that a graph made, as `make_mask` would have made it outside; any other as it is."""
+        if not self.is_of_graph:
+            return self
+        if "read back" not in self.derived:
+            assert self._table is not None
+            batch, _, query_len, kv_len = self.shape
+            if self._table.shape[0]:
+                sequences, has_mask = Sequences.of_graph(
+                    self._table, self._facts, batch, query_len, kv_len
+                )
+            else:
+                start = kv_len - query_len
+                sequences = Sequences.uniform(batch, query_len, kv_len, start, self._table.device)
+                has_mask = True
+            dense = self.dense if has_mask else None
+            mask = SequenceMask(
+                batch,
+                query_len,
+                kv_len,
+                sequences,
+                is_causal=self.is_causal,
+                window_tokens=self.window_tokens,
+                chunk_tokens=self.chunk_tokens,
+                dense=dense,
+                covers_batch=sequences.is_uniform and dense is None and not self.is_cross,
+                is_cross=self.is_cross,
+                is_packed=self.is_packed,
+            )
+            mask._key_start = 0 if self._facts is None else int(self._facts[KEY_START_FACT])
+            mask._has_padding = not (mask.covers_batch or self.is_packed)
+            self.derived["read back"] = mask
+        return self.derived["read back"]
+
+    @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
     def table(self) -> Tensor:
         """How a graph holds the sequences: the table of `Sequences`; without rows where the queries are the last of one whole sequence."""
         self._prepare_for_graph()
@@ -136,12 +175,14 @@ class SequenceMask(Tensor):
         return self._table
 
     @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
     def facts(self) -> Tensor | None:
         """What the host knows beside the table, see `Sequences.facts`; None where nothing is needed."""
         self._prepare_for_graph()
         return self._facts
 
     @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
     def own(self) -> Tensor | None:
         """All of the model's own mask, bool (batch, 1, query_len, kv_len), for layers of its own attention; None without any."""
         self._prepare_for_graph()
@@ -157,7 +198,7 @@ class SequenceMask(Tensor):
         is_last = sequences.is_uniform and sequences.query_begin == kv_len - query_len
         self._table = sequences.table[:0] if is_last else sequences.table
         if not is_last and (not is_static or self.dense is not None):
-            self._facts = sequences.facts(self.dense is not None)
+            self._facts = sequences.facts(self.dense is not None, self.key_start)
         if self.wants_own:
             self._own = _evaluate(arguments)
 
@@ -192,26 +233,23 @@ class SequenceMask(Tensor):
     @property
     def key_start(self) -> int:
         """Place of the first key among all tokens so far: not 0 where the cache of the model's own window dropped some."""
-        return 0 if self._arguments is None else self._arguments["kv_offset"]
+        return self._key_start if self._arguments is None else self._arguments["kv_offset"]
 
     @property
     def has_padding(self) -> bool:
         """Whether the 2-D mask that this one was made from hides tokens."""
-        given = None if self._arguments is None else self._arguments["attention_mask"]
+        if self._arguments is None:
+            return self._has_padding
+        given = self._arguments["attention_mask"]
         return given is not None and not bool(given.all())
 
     def own_mask(self, implementation: str) -> Tensor | None:
         """The mask that transformers' own `implementation` would have been given, made once for all layers that want it."""
-        if self._arguments is None:
-            raise NotImplementedError(
-                f"the layers' own attention {implementation!r} got a mask that a compiled graph made, which cannot be made anew outside of "
-                "it; compile the whole model, or give every layer a layout."
-            )
         if implementation not in self._own_masks:
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
             self._own_masks[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-                **self._arguments
+                **self._arguments  # type: ignore[arg-type]  # make_mask always gives them
             )
         mask = self._own_masks[implementation]
         return mask if mask is None else mask.to(self.device)
@@ -255,6 +293,8 @@ class SequenceMask(Tensor):
             arguments=self._arguments,
         )
         copy.wants_own = self.wants_own
+        copy._key_start = self._key_start
+        copy._has_padding = self._has_padding
         copy._own_masks = self._own_masks
         return copy
 

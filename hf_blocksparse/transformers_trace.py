@@ -20,13 +20,15 @@ from hf_blocksparse.kept_keys import kept_keys
 from hf_blocksparse.model_calls import (
     computes_own,
     own_attention,
+    own_mask_of_graph,
     refuse_unknown,
     same_dtype,
     weights_are_collected,
 )
-from hf_blocksparse.model_layouts import LayerAttention, has_own_layers, section_of, state_of
+from hf_blocksparse.model_layouts import has_own_layers, section_of, state_of
+from hf_blocksparse.replacements import REPLACED_MODEL_TYPES
 from hf_blocksparse.sequence_parallel import MASK_OF_PART
-from hf_blocksparse.sequences import table_of_padding
+from hf_blocksparse.sequences import HAS_MASK_FACT, table_of_padding
 from hf_blocksparse.transformers_masks import SequenceMask, mask_of_graph, predicate_of
 
 _TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
@@ -51,7 +53,7 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
     untraced_mask = torch.compiler.disable(
         make_mask,
         reason="block_sparse attention got packed documents beside an attention_mask, or a cache whose lengths are tensors, whose mask a "
-        "trace cannot read",
+        "trace cannot read, or is a model whose attention modules are replaced",
     )
     assemble = torch.compiler.allow_in_graph(mask_of_graph)
 
@@ -146,8 +148,9 @@ def _mask_parts(
     from transformers.masking_utils import sdpa_mask
 
     device = torch.device(device)
-    is_longformer = getattr(kwargs.get("config"), "model_type", None) == "longformer"
-    if is_longformer or isinstance(kv_length, Tensor) or isinstance(kv_offset, Tensor):
+    # Replaced attention reads its masks in ways of its own.
+    is_replaced = getattr(kwargs.get("config"), "model_type", None) in REPLACED_MODEL_TYPES
+    if is_replaced or isinstance(kv_length, Tensor) or isinstance(kv_offset, Tensor):
         return None
     predicate, documents, is_known = predicate_of(mask_function, use_vmap)
     if documents is not None and (attention_mask is not None or not is_known):
@@ -167,11 +170,7 @@ def _mask_parts(
         )
         | kwargs
     )
-    # Compilers drop it where no layer reads it.
-    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    own = sdpa_mask(**(arguments | always))
-    dense = None if is_known else own
-    facts = None
+    facts = dense = None
     ends_with_keys = offset is None and q_offset + q_length == kv_offset + kv_length
     is_cross = is_known and not predicate.is_causal and offset is None and not ends_with_keys
     if documents is None and attention_mask is None and kv_offset == 0 and ends_with_keys:
@@ -196,10 +195,15 @@ def _mask_parts(
         )
         if is_known and attention_mask is not None:
             dense = holes
-        elif dense is not None:
-            # The facts say whether padding needs a mask; this one is always needed.
+        elif not is_known:
+            # The facts say whether padding needs a mask; that of a function is always needed.
             facts = facts.clone()
-            facts[-1] = 1
+            facts[HAS_MASK_FACT] = 1
+    # Compilers drop it where no layer reads it.
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    own = sdpa_mask(**(arguments | always))
+    if not is_known:
+        dense = own
     return (
         batch_size,
         q_length,
@@ -267,7 +271,7 @@ def _attend(
     state = state_of(module)
     assert state is not None
     if computes_own(state, kwargs):
-        own = _own_mask(state, query, mask)
+        own = own_mask_of_graph(state, query, mask) if isinstance(mask, SequenceMask) else mask
         function = own_attention(state)
         return function(module, query, key, value, own, dropout=dropout, scaling=scaling, **kwargs)
     assert state.layout is not None
@@ -301,14 +305,3 @@ def _attend(
         impl=state.impl,
     )
     return out.transpose(1, 2).contiguous(), lse if kwargs.get("return_lse") else None
-
-
-def _own_mask(state: LayerAttention, query: Tensor, mask: Tensor | None) -> Tensor | None:
-    """What the model's own attention would have been given."""
-    if not isinstance(mask, SequenceMask):
-        return mask
-    own = mask.own
-    if state.dense_implementation != "eager":
-        return own
-    lowest = torch.finfo(query.dtype).min
-    return torch.where(own, torch.zeros((), dtype=query.dtype, device=own.device), lowest)

@@ -223,9 +223,10 @@ def test_what_a_trace_cannot_hold_breaks_the_graph_and_stays_right(call, reason)
     torch.testing.assert_close(found.attentions, expected.attentions)
 
 
-def test_a_graph_that_is_broken_for_one_layer_hands_its_mask_on():
-    """One layer's weights leave the graph; the mask made in it is read outside."""
-    model = patch_model(make_model("llama", "sdpa"), LAYOUT)
+@pytest.mark.parametrize("layout", [LAYOUT, {0: LAYOUT}], ids=["layout", "own attention"])
+def test_a_graph_that_is_broken_for_one_layer_hands_its_mask_on(layout):
+    """The mask made in the graph is read outside of it."""
+    model = patch_model(make_model("llama", "sdpa"), layout)
     batch = make_batch(30)
     expected = model(**batch).logits[real_tokens(batch)]
     layer = model.model.layers[1].self_attn
