@@ -428,6 +428,7 @@ def assert_as_accurate(found, eager, exact):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["whole", "padded", "packed"])
 def test_inductor_on_a_gpu_trains_as_eager(gpu_model, way):
     counter = CompileCounterWithBackend("inductor")
@@ -448,6 +449,7 @@ def test_inductor_on_a_gpu_trains_as_eager(gpu_model, way):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_a_step_with_a_static_cache_is_a_cuda_graph(gpu_model):
     tokens = make_batch(200, padded=False)["input_ids"].cuda()
     counters["inductor"].clear()
@@ -477,6 +479,7 @@ def mask_of(batch, sequences):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_on_a_gpu_with_transformers_own_compilation(gpu_model, padded):
     batch = {"input_ids": make_batch(150, padded=False)["input_ids"].cuda()}
