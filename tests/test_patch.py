@@ -817,7 +817,6 @@ WAYS_TO_RUN = {
     "packed": lambda batch: (
         batch | {"position_ids": torch.arange(40).remainder(11).expand(3, -1), "use_cache": False}
     ),
-    "4-D": lambda batch: batch | {"attention_mask": torch.ones(3, 1, 40, 40).tril().bool()},
 }
 
 
@@ -833,6 +832,14 @@ def test_a_dense_layout_is_the_models_own_attention(family, way, without_ours):
     found, found_gradients = run(model, batch)
     assert torch.equal(found, logits)
     assert all(torch.equal(found_gradients[name], one) for name, one in gradients.items())
+
+
+def test_a_dense_layout_takes_any_4d_mask_that_the_model_takes(without_ours):
+    model = make_model("llama", "sdpa")
+    tokens = make_batch(40, padded=False)["input_ids"]
+    bias = torch.randn(3, 1, 40, 40)
+    expected = model(tokens, attention_mask=bias).logits
+    assert torch.equal(patch_model(model, Dense())(tokens, attention_mask=bias).logits, expected)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
