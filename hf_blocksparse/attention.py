@@ -16,7 +16,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_blocksparse.block_index import BlockIndex, Strips, get_index
 from hf_blocksparse.capture import check_values_readable, keep_for_capture
-from hf_blocksparse.layouts import Layout, TensorLayout, check_block_size, layout_from_name
+from hf_blocksparse.layouts import (
+    BlockDiagonal,
+    Layout,
+    SlidingWindow,
+    TensorLayout,
+    check_block_size,
+    layout_from_name,
+)
 from hf_blocksparse.ops.problem import Problem, TensorSpec
 from hf_blocksparse.sequences import KV_LEN, Q_POS, Sequences
 
@@ -469,26 +476,23 @@ def block_sparse_attention(
         slopes_need_grad = alibi_slopes.requires_grad and torch.is_grad_enabled()
     if is_traced:
         _check_call(*specs, **options)
-        # Registered by hf_blocksparse.library: one node in the graph, which runs what follows here.
-        out, lse = torch.ops.hf_blocksparse.attention_forward(
+        out, lse = record_call(
             query,
             key,
             value,
             sinks,
             alibi_slopes,
-            attn_mask,
-            key_padding_mask,
-            document_ids,
-            _draw_seed(dropout_p, query.device),
-            resolved.digest,
-            query_start,
-            is_causal,
-            dropout_p,
-            scale,
-            softcap,
-            allow_empty_rows,
-            impl,
-            slopes_need_grad,
+            resolved,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            document_ids=document_ids,
+            query_start=query_start,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            scale=scale,
+            softcap=softcap,
+            allow_empty_rows=allow_empty_rows,
+            impl=impl,
         )
         return (out, lse) if return_lse else out
     chosen, problem = prepare(
@@ -513,6 +517,73 @@ def block_sparse_attention(
     else:
         out, lse = chosen.attention(query, key, value, sinks, alibi_slopes, problem)
     return (out, lse) if return_lse else out
+
+
+def record_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout: Layout,
+    *,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+    softcap: float | None,
+    impl: str,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    sequence_table: Tensor | None = None,
+    sequence_facts: Tensor | None = None,
+    query_start: int | None = None,
+    window_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+    allow_empty_rows: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a traced call: one node of the graph, registered by hf_blocksparse.library, which runs what an eager call does.
+
+    What `block_sparse_attention` has no argument for is how a graph holds sequences (`Sequences.of_graph`) and the window and chunks
+    of a model, within which the layout is taken: no layout can be made while tracing.
+    """
+    operator = torch.ops.hf_blocksparse.attention_forward
+    # What a CUDA graph may hold, and what reads numbers of the host in every call.
+    overload = operator.default if sequence_facts is None else operator.with_facts
+    return overload(
+        query,
+        key,
+        value,
+        sinks,
+        alibi_slopes,
+        attn_mask,
+        key_padding_mask,
+        document_ids,
+        sequence_table,
+        sequence_facts,
+        _draw_seed(dropout_p, query.device),
+        layout.digest,
+        query_start,
+        window_tokens,
+        chunk_tokens,
+        is_causal,
+        dropout_p,
+        scale,
+        softcap,
+        allow_empty_rows,
+        impl,
+        alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled(),
+    )
+
+
+@lru_cache(maxsize=1024)
+def within(layout: Layout, window_tokens: int | None, chunk_tokens: int | None) -> Layout:
+    """The layout within a model's own window, `|i - j| < window_tokens`, and chunks of tokens."""
+    if window_tokens is not None:
+        layout = layout & SlidingWindow(window_tokens)
+    if chunk_tokens is not None:
+        layout = layout & BlockDiagonal(chunk_tokens)
+    return layout
 
 
 def _has_name(layout: object, block_size: int | None) -> bool:
@@ -542,7 +613,9 @@ def prepare(
     softcap = None if softcap is None else float(softcap)
     options = dict(scale=scale, softcap=softcap, **options)
     tensors = ("attn_mask", "key_padding_mask", "document_ids", "dropout_seed")
-    if any(options[name] is not None for name in tensors):
+    sequences = options["sequences"]
+    is_transient = isinstance(sequences, Sequences) and sequences.is_transient
+    if is_transient or any(options[name] is not None for name in tensors):
         return _prepare(query, key, value, sinks, layout, **options)
     chosen, problem = _prepare_known(query, key, value, sinks, layout, **options)
     keep_for_capture(query.device, problem.sequences)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_blocksparse.capture import check_not_capturing, forget_captures
+from hf_blocksparse.capture import build_to_keep, check_not_capturing, forget_captures
 from hf_blocksparse.layouts import Layout, RuleContext
 from hf_blocksparse.rules import CAUSAL, Rule, Table, TileGrid, distinct
 from hf_blocksparse.sequences import BATCH, KV_LEN, KV_POS, KV_ROW, Q_LEN, Q_POS, Q_ROW, Sequences
@@ -558,8 +558,15 @@ def get_index(
             indices[key] = build_index_per_sequence(layout, sequences, attn_mask, **options)
         return indices[key]
     if layout.depends_on_length(is_causal) and not sequences.is_uniform:
+        if sequences.is_transient:
+            return build_index_per_sequence(layout, sequences, None, **options)
         key = (layout, *options.values(), sequences)
-        return _cache.get(key, lambda: build_index_per_sequence(layout, sequences, None, **options))
+        return _cache.get(
+            key,
+            lambda: build_to_keep(
+                device, lambda: build_index_per_sequence(layout, sequences, None, **options)
+            ),
+        )
     # With causality a row's list does not change with the length, so one index serves the lengths below its own.
     if is_causal and are_few and query_end <= key_end:
         options["query_begin"] = query_begin // QUERY_SPAN * QUERY_SPAN
@@ -569,7 +576,10 @@ def get_index(
     key = (layout, *options.values(), query_end, key_end)
 
     def build() -> BlockIndex:
-        index = build_index(layout, query_end=query_end, key_end=key_end, **options)
+        index = build_to_keep(
+            device,
+            lambda: build_index(layout, query_end=query_end, key_end=key_end, **options),
+        )
         if strips is None:
             return index
         # Who asks for the chosen shape by itself gets the same tensors.

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 # A captured graph reads its tensors by address, so nothing it was given may be freed.
 _kept: list[object] = []
@@ -29,6 +36,32 @@ def check_values_readable(device: torch.device, argument: str) -> None:
             f"{argument} got a tensor while a CUDA graph is captured; its values decide what is launched, and a graph launches the same "
             "at every replay; make a Sequences of it before the capture and pass that, or put a fixed mask into a MaskLayout."
         )
+
+
+def build_to_keep(device: torch.device, build: Callable[[], T]) -> T:
+    """`build()`, whose tensors outlive this call, in memory that is the program's own.
+
+    torch.compile(mode="reduce-overhead") gives the calls before a capture memory that its graphs write over, thread by thread; so what
+    is to be kept is built in another thread, on the same stream.
+    """
+    if device.type != "cuda" or "torch._inductor.cudagraph_trees" not in sys.modules:
+        return build()
+    stream = torch.cuda.current_stream(device)
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
+                outcome["value"] = build()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
 
 
 def keep_for_capture(device: torch.device, value: object) -> None:

@@ -16,27 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocksparse.attention import prepare, spec_of
+from hf_blocksparse.attention import prepare, spec_of, within
+from hf_blocksparse.capture import check_values_readable
 from hf_blocksparse.layouts import Layout, layout_from_digest
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
+from hf_blocksparse.sequences import NUM_FACTS, Sequences, mask_of_keys, sequences_of_padding
 
 _OPTIONS = (
-    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? document_ids, Tensor? dropout_seed, str layout, SymInt? query_start, "
-    "bool is_causal, float dropout_p, float? scale, float? softcap, bool allow_empty_rows, str impl, bool slopes_need_grad"
+    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? document_ids, Tensor? sequence_table, Tensor? sequence_facts, "
+    "Tensor? dropout_seed, str layout, SymInt? query_start, int? window_tokens, int? chunk_tokens, bool is_causal, float dropout_p, "
+    "float? scale, float? softcap, bool allow_empty_rows, str impl, bool slopes_need_grad"
 )
-# query, key, value, sinks and alibi_slopes have gradients; masks, documents and the seed have none.
-_NUM_WITH_GRADIENT, _NUM_TENSORS = 5, 9
+# query, key, value, sinks and alibi_slopes have gradients; masks, documents, sequences and the seed have none.
+_NUM_WITH_GRADIENT, _NUM_TENSORS = 5, 11
+_FACTS = 9
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+# A replayed CUDA graph runs no Python, which is what reads facts.
+_TAGS_OF_FACTS = (*_TAGS, torch.Tag.cudagraph_unsafe)
 
 _library = torch.library.Library("hf_blocksparse", "DEF")
+for overload, tags in (("", _TAGS), (".with_facts", _TAGS_OF_FACTS)):
+    _library.define(
+        f"attention_forward{overload}(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? alibi_slopes, {_OPTIONS}) "
+        "-> (Tensor, Tensor)",
+        tags=tags,
+    )
+    _library.define(
+        f"attention_backward{overload}(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? sinks, "
+        "Tensor? alibi_slopes, Tensor out, Tensor lse, "
+        f"{_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags=tags,
+    )
 _library.define(
-    f"attention_forward(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? alibi_slopes, {_OPTIONS}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
-_library.define(
-    "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor out, Tensor lse, "
-    f"{_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    "describe_sequences(Tensor? attention_mask, Tensor? document_ids, Tensor? offset, SymInt batch, SymInt query_len, SymInt kv_len, "
+    "SymInt q_offset, SymInt kv_offset, Device device) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
 
@@ -54,9 +69,13 @@ def _prepare(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
+    sequence_table: Tensor | None,
+    sequence_facts: Tensor | None,
     dropout_seed: Tensor | None,
     layout: str,
     query_start: int | None,
+    window_tokens: int | None,
+    chunk_tokens: int | None,
     is_causal: bool,
     dropout_p: float,
     scale: float | None,
@@ -65,18 +84,26 @@ def _prepare(
     impl: str,
     slopes_need_grad: bool,
 ) -> tuple[ModuleType, Problem]:
+    sequences = None
+    if sequence_facts is not None:
+        check_values_readable(query.device, "sequence_facts")
+    if sequence_table is not None:
+        sequences, has_mask = Sequences.of_graph(
+            sequence_table, sequence_facts, query.shape[0], query.shape[2], key.shape[2]
+        )
+        attn_mask = attn_mask if has_mask else None
     # Compiled code writes new values into old buffers without counting versions, so an index of a mask is not found again by the tensor.
     return prepare(
         spec_of("query", query),
         spec_of("key", key),
         spec_of("value", value),
         None if sinks is None else spec_of("sinks", sinks),
-        _layout_of(layout),
+        within(_layout_of(layout), window_tokens, chunk_tokens),
         is_causal=is_causal,
         attn_mask=None if attn_mask is None else attn_mask.detach(),
         key_padding_mask=None if key_padding_mask is None else key_padding_mask.detach(),
         document_ids=document_ids,
-        sequences=None,
+        sequences=sequences,
         query_start=query_start,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
@@ -185,7 +212,9 @@ def _differentiate(
         return (None,) * _NUM_WITH_GRADIENT + without
     *tensors, out, lse = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:_NUM_WITH_GRADIENT])
-    gradients = torch.ops.hf_blocksparse.attention_backward(
+    operator = torch.ops.hf_blocksparse.attention_backward
+    has_facts = tensors[_FACTS] is not None
+    gradients = (operator.with_facts if has_facts else operator.default)(
         grad_out,
         grad_lse,
         *tensors[:_NUM_WITH_GRADIENT],
@@ -206,18 +235,77 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-for name, run, fake in (
-    ("attention_forward", _forward, _fake_forward),
-    ("attention_backward", _backward, _fake_backward),
-):
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_blocksparse::{name}", fake, lib=_library)
-torch.library.register_autograd(
-    "hf_blocksparse::attention_forward",
-    _differentiate,
-    setup_context=_save_for_backward,
-    lib=_library,
-)
-torch.library.register_autograd(
-    "hf_blocksparse::attention_backward", _refuse_second_derivative, lib=_library
-)
+def _describe(
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    offset: Tensor | None,
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    q_offset: int,
+    kv_offset: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the sequences of a model's call lie, as a graph carries it: table and facts (`Sequences.of_graph`), and a mask for holes.
+
+    Args:
+        attention_mask: bool (batch, tokens so far), False for padding.
+        document_ids: integers (batch, query_len), equal within a packed document.
+        offset: place of the first query, where only the device knows it; `q_offset` otherwise.
+    """
+    check_values_readable(device, "attention_mask")
+    holes = torch.zeros(batch, 1, 1, 0, dtype=torch.bool, device=device)
+    if document_ids is not None:
+        sequences, has_holes = Sequences.from_document_ids(document_ids), False
+        rows = batch * query_len
+    else:
+        place = q_offset if offset is None else offset
+        sequences, has_holes, _ = sequences_of_padding(
+            batch, query_len, kv_len, place, kv_offset, attention_mask, device
+        )
+        rows = batch
+        if attention_mask is not None:
+            holes = mask_of_keys(attention_mask, kv_len, kv_offset).to(device, copy=True)
+    table = torch.zeros(rows, 7, dtype=torch.int32, device=device)
+    table[: sequences.num_sequences] = sequences.table
+    return table, sequences.facts(has_holes, kv_offset), holes
+
+
+def _fake_describe(
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    offset: Tensor | None,
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    q_offset: int,
+    kv_offset: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = batch if document_ids is None else batch * query_len
+    keys = 0 if attention_mask is None else kv_len
+    return (
+        torch.empty(rows, 7, dtype=torch.int32, device=device),
+        torch.empty(NUM_FACTS, dtype=torch.int64, device="cpu"),
+        torch.empty(batch, 1, 1, keys, dtype=torch.bool, device=device),
+    )
+
+
+_library.impl("describe_sequences", _describe, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_blocksparse::describe_sequences", _fake_describe, lib=_library)
+for overload in ("", ".with_facts"):
+    for name, run, fake in (
+        ("attention_forward", _forward, _fake_forward),
+        ("attention_backward", _backward, _fake_backward),
+    ):
+        _library.impl(f"{name}{overload}", run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hf_blocksparse::{name}{overload}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"hf_blocksparse::attention_forward{overload}",
+        _differentiate,
+        setup_context=_save_for_backward,
+        lib=_library,
+    )
+    torch.library.register_autograd(
+        f"hf_blocksparse::attention_backward{overload}", _refuse_second_derivative, lib=_library
+    )

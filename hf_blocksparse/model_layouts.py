@@ -56,6 +56,8 @@ class LayerAttention:
         problem: why this module must not run; raised on its first call.
         calls: how often the attention function was reached.
         query_heads: of the module in all processes, None where it does not say.
+        interface, eager_attention: where the module's own forward finds its attention function, and its "eager" one; None where the
+            module does not ask transformers' attention interface by itself.
     """
 
     path: str
@@ -65,6 +67,8 @@ class LayerAttention:
     problem: str | None = None
     calls: int = 0
     query_heads: int | None = None
+    interface: Any = None
+    eager_attention: Any = None
 
 
 def config_of(module: nn.Module) -> Any:
@@ -227,6 +231,12 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
 
 def section_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return config.__dict__.get(SECTION)
+
+
+def has_own_layers(section: Mapping[str, Any]) -> bool:
+    """Whether a layer may compute by its model's own attention: it has no layout, or one that leaves nothing out."""
+    kinds = {layout["kind"] for layout in section["layouts"].values()}
+    return ALL_LAYERS not in section["layouts"] or Dense.kind in kinds
 
 
 def registered_configs(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -532,16 +542,21 @@ def attach(module: nn.Module, state: LayerAttention) -> None:
     """Give `module` its layout and watch its first forward."""
     detach(module)
     state.query_heads = num_query_heads(module)
+    # A release may keep an interface of its own beside a model.
+    names = inspect.unwrap(type(module).forward).__globals__
+    state.interface = names.get("ALL_ATTENTION_FUNCTIONS")
+    state.eager_attention = names.get("eager_attention_forward")
     setattr(module, STATE_ATTRIBUTE, state)
     module.register_forward_hook(_verify_first_forward, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
     module.__dict__.pop(STATE_ATTRIBUTE, None)
-    _stop_watching(module)
+    stop_watching(module)
 
 
-def _stop_watching(module: nn.Module) -> None:
+def stop_watching(module: nn.Module) -> None:
+    """Take away what `attach` watches the first forward with."""
     hooks = module._forward_hooks
     for number in [key for key, hook in hooks.items() if hook is _verify_first_forward]:
         del hooks[number]
@@ -555,7 +570,7 @@ def _verify_first_forward(
     if torch.compiler.is_compiling():
         return
     state = state_of(module)
-    _stop_watching(module)
+    stop_watching(module)
     if state is None:
         return
     if not state.calls:

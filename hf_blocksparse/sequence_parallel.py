@@ -150,6 +150,7 @@ def mask_of_all(path: str, query: Tensor, kwargs: dict[str, Any]) -> SequenceMas
             f"{path} got {what} under sequence parallelism, where a mask of one process's tokens says nothing of the others'; let "
             "the model make its masks (pass no 4-D attention_mask), or train it without sequence parallelism."
         )
+    mask = mask.read_back()
     if mask.has_padding:
         raise NotImplementedError(
             f"attention_mask got padding in {path} under sequence parallelism, which tells the processes the positions of all tokens and "

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hf_blocksparse.capture import check_not_capturing, keep_for_capture
+from hf_blocksparse.capture import build_to_keep, check_not_capturing, keep_for_capture
 
 BATCH, Q_ROW, Q_LEN, Q_POS, KV_ROW, KV_LEN, KV_POS = range(7)
+
+# What a graph is told of a `Sequences` beside its table, see `Sequences.facts`.
+NUM_FACTS = 9
+KEY_START_FACT, HAS_MASK_FACT = 7, 8
+REMEMBERED_FACTS = 64
+_serials = itertools.count()
+_of_serial: OrderedDict[int, Sequences] = OrderedDict()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +38,8 @@ class Sequences:
         covers_keys: every key row of the batch belongs to a sequence.
         is_uniform: the sequences differ in their batch row alone.
         query_begin: no query has an earlier position. A host number, a lower bound where the table lives on a device.
+        is_transient: the table belongs to a compiled graph, which may write another into its memory after the call; nothing that
+            was made of it is kept.
     """
 
     table: Tensor
@@ -41,6 +52,7 @@ class Sequences:
     covers_keys: bool
     is_uniform: bool = False
     query_begin: int = 0
+    is_transient: bool = False
     _items: dict[tuple[bool, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,9 +73,72 @@ class Sequences:
     def _cached_items(self, of_queries: bool, tile: int) -> Tensor:
         items = self._items.get((of_queries, tile))
         if items is None:
-            check_not_capturing(self.table.device, "the list of tiles of these sequences")
-            items = self._items[of_queries, tile] = self._make_items(of_queries, tile)
+            device = self.table.device
+            if self.is_transient:
+                items = self._make_items(of_queries, tile)
+            else:
+                check_not_capturing(device, "the list of tiles of these sequences")
+                items = build_to_keep(device, lambda: self._make_items(of_queries, tile))
+            self._items[of_queries, tile] = items
         return items
+
+    def facts(self, has_mask: bool = False, key_start: int = 0) -> Tensor:
+        """What a compiled graph carries beside the table: int64 `[NUM_FACTS]` on the CPU, so that reading it waits for no device.
+
+        A serial number, under which these sequences are found again while they are remembered; their number; `query_begin`,
+        `query_end`, `key_end`, `covers_queries`, `covers_keys`; `key_start`, the place of the first key among all tokens so far; and
+        `has_mask`: whether the mask that goes along is needed.
+        """
+        serial = next(_serials)
+        _of_serial[serial] = self
+        while len(_of_serial) > REMEMBERED_FACTS:
+            _of_serial.popitem(last=False)
+        bounds = (self.query_begin, self.query_end, self.key_end)
+        covers = (self.covers_queries, self.covers_keys)
+        facts = (serial, self.num_sequences, *bounds, *covers, key_start, has_mask)
+        return torch.tensor(facts, dtype=torch.int64)
+
+    @staticmethod
+    def of_graph(
+        table: Tensor, facts: Tensor | None, batch: int, query_len: int, kv_len: int
+    ) -> tuple[Sequences, bool]:
+        """Sequences from the tensors a graph carries, and whether the mask that goes along with them is needed.
+
+        Args:
+            table: their table, which may have more rows than sequences.
+            facts: see `facts`; None where nothing but the table says where the sequences lie: a static cache.
+        """
+        if facts is None:
+            sequences = Sequences(
+                table,
+                batch=batch,
+                query_len=query_len,
+                kv_len=kv_len,
+                query_end=kv_len,
+                key_end=kv_len,
+                covers_queries=False,
+                covers_keys=False,
+                is_transient=True,
+            )
+            return sequences, True
+        serial, count, begin, query_end, key_end, *covers, _, has_mask = facts.tolist()
+        known = _of_serial.get(serial)
+        if known is not None and known.table.device == table.device:
+            return known, bool(has_mask)
+        covers_queries, covers_keys = map(bool, covers)
+        sequences = Sequences(
+            table[:count],
+            batch=batch,
+            query_len=query_len,
+            kv_len=kv_len,
+            query_end=query_end,
+            key_end=key_end,
+            covers_queries=covers_queries,
+            covers_keys=covers_keys,
+            query_begin=begin,
+            is_transient=True,
+        )
+        return sequences, bool(has_mask)
 
     @torch.inference_mode(False)  # the items outlive the call
     def _make_items(self, of_queries: bool, tile: int) -> Tensor:
@@ -205,11 +280,19 @@ class Sequences:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # the table outlives the call
 def _uniform(
     batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
 ) -> Sequences:
     check_not_capturing(device, "the table of sequences for these lengths")
+    return build_to_keep(
+        device, lambda: _make_uniform(batch, query_len, kv_len, query_start, device)
+    )
+
+
+@torch.inference_mode(False)  # the table outlives the call
+def _make_uniform(
+    batch: int, query_len: int, kv_len: int, query_start: int, device: torch.device
+) -> Sequences:
     rows = [[b, 0, query_len, query_start, 0, kv_len, 0] for b in range(batch)]
     # Decoding makes a table in every step: from pinned memory the copy does not wait for the device.
     on_host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -225,3 +308,115 @@ def _uniform(
         is_uniform=True,
         query_begin=query_start,
     )
+
+
+def mask_of_keys(attention_mask: Tensor, kv_len: int, kv_offset: int) -> Tensor:
+    """The part of a 2-D mask that concerns the keys, bool (batch, 1, 1, kv_len); keys past its end are padding."""
+    width = kv_offset + kv_len - attention_mask.shape[1]
+    padded = torch.nn.functional.pad(attention_mask, (0, max(width, 0)))
+    return padded[:, None, None, kv_offset : kv_offset + kv_len]
+
+
+def table_of_padding(
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    first: Tensor | None,
+    last: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """The table of one sequence per batch row, without waiting for the device; also traced into graphs.
+
+    Args:
+        first, last: place of each row's first real token and of the one after its last; None where there is no padding.
+    """
+    offset = torch.as_tensor(q_offset, device=device).expand(batch)
+    end = offset + query_len
+    if first is None or last is None:
+        first = torch.zeros_like(offset)
+    else:
+        end = torch.minimum(last, end)
+    first_query = torch.maximum(first, offset)
+    first_key = first.clamp(min=kv_offset)
+    return torch.stack(
+        (
+            torch.arange(batch, device=device),
+            first_query - offset,
+            (end - first_query).clamp(min=0),
+            first_query - first,
+            first_key - kv_offset,
+            (end.clamp(max=kv_offset + kv_len) - first_key).clamp(min=0),
+            first_key - first,
+        ),
+        1,
+    ).to(torch.int32)
+
+
+def sequences_of_padding(
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> tuple[Sequences, bool, bool]:
+    """One sequence per batch row, from its first to its last real token; whether padding lies between them; whether there is none.
+
+    Query rows that stand at padding belong to no sequence. With a static cache the keys end where the queries do, before the tensor.
+
+    Args:
+        q_offset: place of the first query among all tokens so far; a tensor where only the device knows it.
+        kv_offset: place of the first key.
+        attention_mask: bool (batch, tokens so far), False for padding. Reading it waits for the device.
+    """
+    keys_end = kv_offset + kv_len
+    queries_end = (
+        None if isinstance(q_offset, Tensor) else q_offset + query_len
+    )  # None: only the device knows
+    first: Tensor | None = None
+    last: Tensor | None = None
+    has_holes = False
+    query_begin = 0 if isinstance(q_offset, Tensor) else q_offset
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"attention_mask got shape {tuple(attention_mask.shape)}; it must be (batch, length) with batch {batch}; "
+                "give one row per batch item."
+            )
+        length = attention_mask.shape[1]
+        if queries_end is not None and length < queries_end:
+            raise ValueError(
+                f"attention_mask got {length} tokens; the queries end at token {queries_end}; "
+                "append ones for the tokens in the cache and the new ones."
+            )
+        place = torch.arange(length, device=device)
+        real = attention_mask.to(device)
+        first = torch.where(real, place, length).amin(1)
+        last = torch.where(real, place + 1, 0).amax(1)
+        state = torch.stack(((real.sum(1) < last - first).any(), real.all(), first.amax())).tolist()
+        has_holes = bool(state[0])
+        query_begin = max(0, query_begin - state[2])
+        if state[1]:
+            first = last = None
+    is_whole = first is None
+    covers_keys = is_whole and queries_end == keys_end
+    if covers_keys and not kv_offset and queries_end is not None:
+        start = queries_end - query_len
+        return Sequences.uniform(batch, query_len, kv_len, start, device), has_holes, True
+
+    table = table_of_padding(batch, query_len, kv_len, q_offset, kv_offset, first, last, device)
+    sequences = Sequences(
+        table,
+        batch=batch,
+        query_len=query_len,
+        kv_len=kv_len,
+        query_end=keys_end if queries_end is None else queries_end,
+        key_end=keys_end,
+        covers_queries=is_whole,
+        covers_keys=covers_keys,
+        query_begin=query_begin,
+    )
+    return sequences, has_holes, is_whole

@@ -17,10 +17,9 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocksparse.attention import block_sparse_attention
+from hf_blocksparse.attention import block_sparse_attention, within
 from hf_blocksparse.hub_kernel import names_this_package
 from hf_blocksparse.kept_keys import KeptKeys, kept_keys
 from hf_blocksparse.layout_files import (
@@ -37,7 +36,15 @@ from hf_blocksparse.layout_files import (
     refers_to_tables,
     tables_beside,
 )
-from hf_blocksparse.layouts import BlockDiagonal, Dense, Layout, SlidingWindow
+from hf_blocksparse.layouts import Dense
+from hf_blocksparse.model_calls import (
+    computes_own,
+    own_attention,
+    own_mask_of_graph,
+    refuse_unknown,
+    same_dtype,
+    weights_are_collected,
+)
 from hf_blocksparse.model_layouts import (
     ALL_LAYERS,
     DENSE_ATTRIBUTE,
@@ -45,7 +52,7 @@ from hf_blocksparse.model_layouts import (
     SECTION,
     LayerAttention,
     attach_from_config,
-    config_of,
+    has_own_layers,
     layouts_by_layer,
     registered_configs,
     section_of,
@@ -60,31 +67,13 @@ from hf_blocksparse.sequence_parallel import (
     mask_of_all,
 )
 from hf_blocksparse.sequences import Sequences
-from hf_blocksparse.transformers_masks import SequenceMask, make_mask, mask_from_tensor
-
-_TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
-
-# Arguments of transformers' attention functions that do not change what attention computes.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache_position",
-        "deterministic",
-        "layer_idx",
-        "logits_to_keep",
-        "max_length_k",
-        "max_length_q",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "past_key_values",
-        "position_embeddings",
-        "position_ids",
-        "return_dict",
-        "seq_idx",
-        "shift_labels",
-        "use_cache",
-    }
+from hf_blocksparse.transformers_masks import (
+    SequenceMask,
+    make_mask,
+    mask_from_tensor,
+    name_mask_functions,
 )
+from hf_blocksparse.transformers_trace import traceable
 
 
 def block_sparse_attention_forward(
@@ -138,18 +127,17 @@ def block_sparse_attention_forward(
         layout = heads.layout(layout)
     attention_mask = kwargs.pop(MASK_OF_PART, attention_mask)
     kept = kept_keys(key)
-    if layout is None:
-        if kept is not None:
-            raise NotImplementedError(
-                f"{state.path} has no layout and reads keys from a SparseCache layer, which frees them by another's; "
-                "use transformers' DynamicCache."
-            )
-        return _dense_attention(
-            module,
-            state,
-            (query, key, value, attention_mask),
-            {"dropout": dropout, "scaling": scaling, **kwargs},
+    if layout is None and kept is not None:
+        raise NotImplementedError(
+            f"{state.path} has no layout and reads keys from a SparseCache layer, which frees them by another's; "
+            "use transformers' DynamicCache."
         )
+    if kept is None and heads is None and computes_own(state, kwargs):
+        if layout is not None:
+            _refuse_context_parallel(state)
+        if layout is None or "position_bias" in kwargs or not weights_are_collected():
+            options = {"dropout": dropout, "scaling": scaling, **kwargs}
+            return _own_attention(module, state, (query, key, value, attention_mask), options)
     is_causal = kwargs.pop("is_causal", None)
     window = kwargs.pop("sliding_window", None)
     softcap = kwargs.pop("softcap", None)
@@ -158,7 +146,7 @@ def block_sparse_attention_forward(
     return_lse = kwargs.pop("return_lse", False)
     output_attentions = kwargs.pop("output_attentions", None)
     cu_seqlens = (kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None))
-    _refuse(state, kwargs)
+    refuse_unknown(state, kwargs)
     _refuse_context_parallel(state)
     mask = _read_mask(module, state, query, key, kept, attention_mask, is_causal, window)
     if mask.is_causal and is_causal is False:
@@ -169,8 +157,8 @@ def block_sparse_attention_forward(
     sequences = mask.sequences
     if any(lengths is not None for lengths in cu_seqlens):
         sequences = _packed_sequences(state, mask, query, cu_seqlens)
-    query, key, value = _same_dtype(module, query, key, value)
-    wants_weights = output_attentions or _weights_are_collected()
+    query, key, value = same_dtype(module, query, key, value)
+    wants_weights = output_attentions or weights_are_collected()
     if shares_sequence:
         if wants_weights:
             raise NotImplementedError(
@@ -179,7 +167,7 @@ def block_sparse_attention_forward(
             )
         sinks, alibi_slopes = heads.values(sinks), heads.values(alibi_slopes)
     options: dict[str, Any] = dict(
-        layout=_visible(layout, mask.window_tokens, mask.chunk_tokens),
+        layout=within(layout, mask.window_tokens, mask.chunk_tokens),
         is_causal=mask.is_causal,
         dropout_p=dropout,
         scale=scaling,
@@ -228,25 +216,6 @@ def _weights(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: T
         )[: kv_len - start]
         columns.append(attend(query, key, units))
     return torch.cat(columns, 3)[..., :kv_len]
-
-
-def _weights_are_collected() -> bool:
-    """Whether a model gathers its layers' weights, which it may do without telling the layers."""
-    from transformers.utils.output_capturing import _active_collector
-
-    collected = _active_collector.get()
-    return collected is not None and any(key.endswith("attentions") for key in collected)
-
-
-def _refuse(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
-    asked = sorted(
-        name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT
-    )
-    if asked:
-        raise NotImplementedError(
-            f"{state.path} passes {asked} to its attention, which block_sparse attention does not compute; "
-            "leave this layer out with a PerLayer layout, or use attn_implementation='sdpa'."
-        )
 
 
 def _refuse_context_parallel(state: LayerAttention) -> None:
@@ -303,6 +272,7 @@ def _read_mask(
             f"{state.path} got {query_len} queries and {kv_len} keys without causality: it is a cross-attention, and a layout has no "
             "meaning between two sequences; leave this layer out with a PerLayer layout."
         )
+    attention_mask = attention_mask.read_back()
     is_here = attention_mask.device == query.device
     return attention_mask if is_here else attention_mask.moved(query.device)
 
@@ -331,34 +301,7 @@ def _packed_sequences(
     return Sequences.from_cu_seqlens(queries.to(query.device), query_len)
 
 
-@functools.lru_cache(maxsize=1024)
-def _visible(layout: Layout, window_tokens: int | None, chunk_tokens: int | None) -> Layout:
-    """The layout within the model's own window and chunks."""
-    if window_tokens is not None:
-        layout = layout & SlidingWindow(window_tokens)
-    if chunk_tokens is not None:
-        layout = layout & BlockDiagonal(chunk_tokens)
-    return layout
-
-
-def _same_dtype(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One dtype for all three, as transformers chooses it: autocast's, or the one the weights have."""
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        target = torch.get_autocast_dtype(device_type)
-    elif query.dtype == key.dtype == value.dtype:
-        return query, key, value
-    elif hasattr(config_of(module), "_is_quantized"):
-        target = config_of(module).dtype
-    else:
-        linear = (part for part in module.modules() if isinstance(part, nn.Linear))
-        target = next((part.weight.dtype for part in linear), value.dtype)
-    return query.to(target), key.to(target), value.to(target)
-
-
-def _dense_attention(
+def _own_attention(
     module: nn.Module,
     state: LayerAttention,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
@@ -366,16 +309,13 @@ def _dense_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the module would compute without us, with the mask it would have been given."""
     query, key, value, mask = tensors
-    name = state.dense_implementation
     if isinstance(mask, SequenceMask):
-        mask = mask.own_mask(name)
+        if mask.is_of_graph:
+            mask = own_mask_of_graph(state, query, mask)
+        else:
+            mask = mask.own_mask(state.dense_implementation)
         mask = mask if mask is None else mask.to(query.device)
-    # What the module's own forward sees; a release may keep an interface of its own beside a model.
-    names = inspect.unwrap(type(module).forward).__globals__
-    attention = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-        name, names.get("eager_attention_forward")
-    )
-    return attention(module, query, key, value, mask, **options)
+    return own_attention(state)(module, query, key, value, mask, **options)
 
 
 def check_config_value(value: object) -> dict[str, Any] | None:
@@ -490,153 +430,13 @@ def _saved_implementation(config: Any) -> str | dict[str, Any] | None:
     return parts if own is None else {"": own, **parts}
 
 
-def _traceable() -> tuple[Callable, Callable]:
-    """The attention and the mask function for transformers: in a compiled graph where a trace can read the call, outside otherwise.
-
-    A mask's structure is read from closures, which a trace cannot do, and layouts cannot be made in it. What it can do is causal
-    attention over whole sequences, and calls without any mask function; padding, packed documents and windows break the graph.
-    """
-    untraced_attention = torch.compiler.disable(
-        block_sparse_attention_forward,
-        reason="block_sparse attention got a mask, a window, packed documents or a cache with tokens in it, which a trace cannot read",
-    )
-    untraced_mask = torch.compiler.disable(
-        _make_mask,
-        reason="block_sparse attention got padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window "
-        "or a layer without a layout, whose mask a trace cannot read",
-    )
-
-    @functools.wraps(block_sparse_attention_forward)
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        forward: Callable = block_sparse_attention_forward
-        if torch.compiler.is_compiling():
-            is_whole = query.shape[2] == key.shape[2] and kept_keys(key) is None
-            # Context parallelism puts a function of its own there, which the untraced function refuses.
-            has_own_sdpa = nn.functional.scaled_dot_product_attention is not _TORCH_SDPA
-            state = state_of(module)
-            is_plain = attention_mask is None and _is_plain(state, query, kwargs)
-            in_graph = is_plain and is_whole and not has_own_sdpa
-            if not in_graph:
-                _refuse_export()
-            forward = _attention_in_graph if in_graph else untraced_attention
-        return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-
-    @functools.wraps(make_mask)
-    def mask(**arguments: Any) -> Tensor | None:
-        if not torch.compiler.is_compiling():
-            return _make_mask(**arguments)
-        if _needs_no_mask(**arguments):
-            return None
-        _refuse_export()
-        return untraced_mask(**arguments)
-
-    return attention, mask
-
-
-def _refuse_export() -> None:
-    # torch.compile leaves the graph here; an exported program cannot.
-    if torch.compiler.is_exporting():
-        raise NotImplementedError(
-            "torch.export got a model with padding, packed documents (or use_cache=False, where a trace cannot rule them out), a window of "
-            "its own, a cache with tokens in it or a layer without a layout, which only eager block_sparse attention can read; export the "
-            "forward over whole sequences: input_ids alone, and a layout in every layer."
-        )
-
-
 def _make_mask(**arguments: Any) -> Tensor | None:
     hand_masks_on()
-    return make_mask(**arguments)
-
-
-def _is_plain(state: LayerAttention | None, query: Tensor, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call without a mask asks for nothing but a layout and causality, in all heads."""
-    if state is None or state.layout is None or state.problem is not None:
-        return False
-    if state.query_heads != query.shape[1]:
-        return False
-    if kwargs.get("output_attentions") or _weights_are_collected():
-        return False
-    names = ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", MASK_OF_PART)
-    return all(kwargs.get(name) is None for name in names)
-
-
-def _attention_in_graph(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`block_sparse_attention_forward` where `_is_plain`, without what a trace cannot follow."""
-    state = state_of(module)
-    assert state is not None
-    _refuse(state, kwargs)
-    query, key, value = _same_dtype(module, query, key, value)
-    out, lse = block_sparse_attention(  # type: ignore[call-overload]  # impl is checked where it enters
-        query,
-        key,
-        value,
-        state.layout,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        dropout_p=dropout,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        alibi_slopes=alibi_slopes,
-        return_lse=True,
-        impl=state.impl,
-    )
-    return out.transpose(1, 2).contiguous(), lse if return_lse else None
-
-
-def _needs_no_mask(
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    allow_is_causal_skip: bool = False,
-    config: Any = None,
-    **kwargs: Any,
-) -> bool:
-    """Whether every attention of a model may be given None: whole sequences, nothing but causality, and a layout in each.
-
-    transformers lets masks be left out (`allow_is_causal_skip`) where the modules themselves say that they are causal.
-    """
-    from transformers.masking_utils import causal_mask_function
-
-    section = None if config is None else section_of(config)
-    return (
-        mask_function is causal_mask_function
-        and allow_is_causal_skip
-        and attention_mask is None
-        and not use_vmap
-        and not isinstance(q_offset, Tensor)
-        and q_offset == 0
-        and kv_offset == 0
-        and q_length == kv_length
-        and section is not None
-        and ALL_LAYERS in section["layouts"]
-    )
+    mask = make_mask(**arguments)
+    section = section_of(arguments["config"]) if "config" in arguments else None
+    if section is not None and isinstance(mask, SequenceMask):
+        mask.wants_own = has_own_layers(section)
+    return mask
 
 
 def _register_modeling(module: ModuleType) -> None:
@@ -645,7 +445,7 @@ def _register_modeling(module: ModuleType) -> None:
     base = module.PreTrainedModel
     if IMPLEMENTATION in module.AttentionInterface._global_mapping:
         return
-    attention, mask = _traceable()
+    attention, mask = traceable(block_sparse_attention_forward, _make_mask)
     module.AttentionInterface.register(IMPLEMENTATION, attention)
     AttentionMaskInterface.register(IMPLEMENTATION, mask)
     check, post_init = base._check_and_adjust_attn_implementation, base.post_init
@@ -721,6 +521,7 @@ def state_missing(model: nn.Module) -> bool:
 
 _REGISTRATIONS: dict[str, list[Callable[[ModuleType], None]]] = {
     "transformers.configuration_utils": [_register_configuration],
+    "transformers.masking_utils": [name_mask_functions],
     "transformers.modeling_utils": [_register_modeling],
 }
 _REGISTERED = "_block_sparse_registered"

@@ -8,24 +8,31 @@ into a dense boolean mask: exact, at the price of `batch x query_len x kv_len` b
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_blocksparse.sequences import Sequences
-
-_MASKING = "transformers.masking_utils"
+from hf_blocksparse.sequences import (
+    KEY_START_FACT,
+    Sequences,
+    mask_of_keys,
+    sequences_of_padding,
+)
 
 
 class SequenceMask(Tensor):
     """A 4-D boolean mask `(batch, 1, query_len, kv_len)` without storage.
 
     It is a tensor because transformers, accelerate and `generate` pass masks around as tensors: they move them between devices,
-    copy them and read their shape. Any other operation raises.
+    copy them and read their shape, and `torch.compile` takes them apart into `table`, `facts`, `dense` and `own`. Any other
+    operation raises.
 
     Attributes:
         sequences: where the sequences lie in the batch.
@@ -35,16 +42,24 @@ class SequenceMask(Tensor):
         dense: bool, broadcastable to (batch, heads, query_len, kv_len), on top of all the others, or None.
         covers_batch: neither padding nor documents: every batch row is one sequence.
         is_cross: queries and keys are not the same tokens.
+        wants_own: a layer may ask for the model's own mask.
         derived: what layers worked out from this mask for each other.
     """
 
-    sequences: Sequences
+    _sequences: Sequences | None
+    _table: Tensor | None
+    _facts: Tensor | None
+    _own: Tensor | None
+    _key_start: int
+    _has_padding: bool
     is_causal: bool
     window_tokens: int | None
     chunk_tokens: int | None
     dense: Tensor | None
     covers_batch: bool
     is_cross: bool
+    is_packed: bool
+    wants_own: bool
     derived: dict[Any, Any]
     _arguments: dict[str, Any] | None
     _own_masks: dict[str, Tensor | None]
@@ -57,7 +72,7 @@ class SequenceMask(Tensor):
         batch: int,
         query_len: int,
         kv_len: int,
-        sequences: Sequences,
+        sequences: Sequences | None,
         *,
         is_causal: bool = False,
         window_tokens: int | None = None,
@@ -65,21 +80,35 @@ class SequenceMask(Tensor):
         dense: Tensor | None = None,
         covers_batch: bool = False,
         is_cross: bool = False,
+        is_packed: bool = False,
         arguments: dict[str, Any] | None = None,
+        table: Tensor | None = None,
+        facts: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> SequenceMask:
+        if table is None:
+            assert sequences is not None
+            table = sequences.table
         mask = torch.Tensor._make_wrapper_subclass(
             cls,
             (batch, 1, query_len, kv_len),
             dtype=torch.bool,
-            device=sequences.table.device,
+            device=table.device,
         )
-        mask.sequences = sequences
+        mask._sequences = sequences
+        mask._table = table if sequences is None else None
+        mask._facts = facts
+        mask._own = own
         mask.is_causal = is_causal
         mask.window_tokens = window_tokens
         mask.chunk_tokens = chunk_tokens
         mask.dense = dense
         mask.covers_batch = covers_batch
         mask.is_cross = is_cross
+        mask.is_packed = is_packed
+        mask.wants_own = False
+        mask._key_start = 0
+        mask._has_padding = False
         mask.derived = {}
         mask._arguments = arguments
         mask._own_masks = {}
@@ -87,20 +116,131 @@ class SequenceMask(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
-            f"SequenceMask(shape={tuple(self.shape)}, sequences={self.sequences.num_sequences}, "
+            f"SequenceMask(shape={tuple(self.shape)}, sequences={self.table.shape[0]}, "
             f"is_causal={self.is_causal}, window_tokens={self.window_tokens}, "
             f"chunk_tokens={self.chunk_tokens}, dense={self.dense is not None})"
         )
 
     @property
+    def sequences(self) -> Sequences:
+        """Where the sequences lie in the batch. Of a mask that a graph made, `read_back` has them."""
+        assert self._sequences is not None
+        return self._sequences
+
+    @property
+    def is_of_graph(self) -> bool:
+        """Whether a graph made this mask, so that all there is are `table`, `facts`, `dense` and `own`."""
+        return self._sequences is None
+
+    def read_back(self) -> SequenceMask:
+        """A mask that a graph made, as `make_mask` would have made it outside; any other as it is."""
+        if not self.is_of_graph:
+            return self
+        if "read back" not in self.derived:
+            assert self._table is not None
+            batch, _, query_len, kv_len = self.shape
+            if self._table.shape[0]:
+                sequences, has_mask = Sequences.of_graph(
+                    self._table, self._facts, batch, query_len, kv_len
+                )
+            else:
+                start = kv_len - query_len
+                sequences = Sequences.uniform(batch, query_len, kv_len, start, self._table.device)
+                has_mask = True
+            dense = self.dense if has_mask else None
+            mask = SequenceMask(
+                batch,
+                query_len,
+                kv_len,
+                sequences,
+                is_causal=self.is_causal,
+                window_tokens=self.window_tokens,
+                chunk_tokens=self.chunk_tokens,
+                dense=dense,
+                covers_batch=sequences.is_uniform and dense is None and not self.is_cross,
+                is_cross=self.is_cross,
+                is_packed=self.is_packed,
+            )
+            mask._key_start = 0 if self._facts is None else int(self._facts[KEY_START_FACT])
+            mask._has_padding = not (mask.covers_batch or self.is_packed)
+            self.derived["read back"] = mask
+        return self.derived["read back"]
+
+    @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
+    def table(self) -> Tensor:
+        """How a graph holds the sequences: the table of `Sequences`; without rows where the queries are the last of one whole sequence."""
+        self._prepare_for_graph()
+        assert self._table is not None
+        return self._table
+
+    @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
+    def facts(self) -> Tensor | None:
+        """What the host knows beside the table, see `Sequences.facts`; None where nothing is needed."""
+        self._prepare_for_graph()
+        return self._facts
+
+    @property
+    @torch._disable_dynamo  # a graph reads it from the object, and must not be compiled of it
+    def own(self) -> Tensor | None:
+        """All of the model's own mask, bool (batch, 1, query_len, kv_len), for layers of its own attention; None without any."""
+        self._prepare_for_graph()
+        return self._own
+
+    def _prepare_for_graph(self) -> None:
+        if self._table is not None:
+            return
+        sequences, arguments = self.sequences, self._arguments or {}
+        _, _, query_len, kv_len = self.shape
+        # A step's numbers must not be constants of the graph, or every step would be compiled.
+        is_static = isinstance(arguments.get("q_offset"), Tensor) and not self.key_start
+        is_last = sequences.is_uniform and sequences.query_begin == kv_len - query_len
+        self._table = sequences.table[:0] if is_last else sequences.table
+        if not is_last and (not is_static or self.dense is not None):
+            self._facts = sequences.facts(self.dense is not None, self.key_start)
+        if self.wants_own:
+            self._own = _evaluate(arguments)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        self._prepare_for_graph()
+        names = ("table", "facts", "dense", "own")
+        description = (
+            self.is_causal,
+            self.window_tokens,
+            self.chunk_tokens,
+            self.is_cross,
+            self.is_packed,
+        )
+        return [name for name in names if getattr(self, name) is not None], description
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], description: Any, size: Any, stride: Any
+    ) -> SequenceMask:
+        batch, _, query_len, kv_len = size
+        return mask_of_graph(
+            batch,
+            query_len,
+            kv_len,
+            inner["table"],
+            inner.get("facts"),
+            inner.get("dense"),
+            inner.get("own"),
+            *description,
+        )
+
+    @property
     def key_start(self) -> int:
         """Place of the first key among all tokens so far: not 0 where the cache of the model's own window dropped some."""
-        return 0 if self._arguments is None else self._arguments["kv_offset"]
+        return self._key_start if self._arguments is None else self._arguments["kv_offset"]
 
     @property
     def has_padding(self) -> bool:
         """Whether the 2-D mask that this one was made from hides tokens."""
-        given = None if self._arguments is None else self._arguments["attention_mask"]
+        if self._arguments is None:
+            return self._has_padding
+        given = self._arguments["attention_mask"]
         return given is not None and not bool(given.all())
 
     def own_mask(self, implementation: str) -> Tensor | None:
@@ -116,6 +256,23 @@ class SequenceMask(Tensor):
 
     def moved(self, device: torch.device) -> SequenceMask:
         """A copy on `device`."""
+        if self._sequences is None:
+            assert self._table is not None
+            batch, _, query_len, kv_len = self.shape
+            return mask_of_graph(
+                batch,
+                query_len,
+                kv_len,
+                self._table.to(device),
+                self._facts,
+                None if self.dense is None else self.dense.to(device),
+                None if self._own is None else self._own.to(device),
+                self.is_causal,
+                self.window_tokens,
+                self.chunk_tokens,
+                self.is_cross,
+                self.is_packed,
+            )
         sequences, dense = self.sequences, self.dense
         if device != self.device:
             sequences = replace(sequences, table=sequences.table.to(device), _items={})
@@ -132,8 +289,12 @@ class SequenceMask(Tensor):
             dense=dense,
             covers_batch=self.covers_batch,
             is_cross=self.is_cross,
+            is_packed=self.is_packed,
             arguments=self._arguments,
         )
+        copy.wants_own = self.wants_own
+        copy._key_start = self._key_start
+        copy._has_padding = self._has_padding
         copy._own_masks = self._own_masks
         return copy
 
@@ -156,6 +317,38 @@ class SequenceMask(Tensor):
         )
 
 
+def mask_of_graph(
+    batch: int,
+    query_len: int,
+    kv_len: int,
+    table: Tensor,
+    facts: Tensor | None,
+    dense: Tensor | None,
+    own: Tensor | None,
+    is_causal: bool,
+    window_tokens: int | None,
+    chunk_tokens: int | None,
+    is_cross: bool,
+    is_packed: bool,
+) -> SequenceMask:
+    """A mask of what a graph holds of it. A node of the graph while `torch.compile` traces, see `transformers_trace`."""
+    return SequenceMask(
+        batch,
+        query_len,
+        kv_len,
+        None,
+        is_causal=is_causal,
+        window_tokens=window_tokens,
+        chunk_tokens=chunk_tokens,
+        dense=dense,
+        is_cross=is_cross,
+        is_packed=is_packed,
+        table=table,
+        facts=facts,
+        own=own,
+    )
+
+
 @dataclass(frozen=True)
 class _Predicate:
     """A recognised mask function, as a conjunction."""
@@ -167,16 +360,13 @@ class _Predicate:
     documents: Tensor | None = None  # [batch, length]
 
     def joined(self, other: _Predicate) -> _Predicate | None:
-        def smaller(left: int | None, right: int | None) -> int | None:
-            return min((size for size in (left, right) if size is not None), default=None)
-
-        for name in ("chunk_tokens", "documents"):
-            if getattr(self, name) is not None and getattr(other, name) is not None:
-                return None
+        has_both = self.documents is not None and other.documents is not None
+        if has_both or (self.chunk_tokens is not None and other.chunk_tokens is not None):
+            return None
         return _Predicate(
             self.is_causal or other.is_causal,
-            smaller(self.lookback_tokens, other.lookback_tokens),
-            smaller(self.reach_tokens, other.reach_tokens),
+            _smaller(self.lookback_tokens, other.lookback_tokens),
+            _smaller(self.reach_tokens, other.reach_tokens),
             self.chunk_tokens or other.chunk_tokens,
             self.documents if other.documents is None else other.documents,
         )
@@ -189,68 +379,119 @@ class _Predicate:
 
     @property
     def window_tokens(self) -> int | None:
-        sizes = []
-        if self.lookback_tokens is not None:
-            sizes.append(self.lookback_tokens)
-        if self.reach_tokens is not None:
-            sizes.append(self.reach_tokens + 1)
-        return min(sizes, default=None)
+        reach = None if self.reach_tokens is None else self.reach_tokens + 1
+        return _smaller(self.lookback_tokens, reach)
 
 
-def _parts(mask_function: object) -> tuple[str, dict[str, Any]] | None:
-    """The name of the transformers function that made `mask_function`, and what it holds; None where another did."""
-    if getattr(mask_function, "__module__", None) != _MASKING:
-        return None
-    code = getattr(mask_function, "__code__", None)
-    if code is None:
-        return None
-    cells = getattr(mask_function, "__closure__", None) or ()
-    held = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
-    return mask_function.__qualname__.partition(".")[0], held
+def _smaller(left: int | None, right: int | None) -> int | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return min(left, right)
+
+
+# transformers' functions that make mask functions out of others, or of numbers and tensors.
+_MAKERS = (
+    "and_masks",
+    "or_masks",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "chunked_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+)
+
+
+class NamedMaskFunction:
+    """A mask function of transformers that says which function made it, and of what; it computes what that one's computes.
+
+    Left in closures, both could be read from Python's function objects, but not while `torch.compile` traces.
+    """
+
+    def __init__(self, function: Callable, maker: str, arguments: tuple[Any, ...]):
+        self.function = function
+        self.maker = maker
+        self.arguments = arguments
+
+    def __call__(self, batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return self.function(batch_idx, head_idx, q_idx, kv_idx)
+
+
+def _naming(make: Callable, name: str) -> Callable:
+    @functools.wraps(make)
+    def make_named(*arguments: Any, **others: Any) -> Callable:
+        function = make(*arguments, **others)
+        return function if others else NamedMaskFunction(function, name, arguments)
+
+    return make_named
+
+
+def name_mask_functions(masking: ModuleType) -> None:
+    """Have transformers' mask functions say what they are: in its module, and wherever its models imported the makers by name."""
+    for name in _MAKERS:
+        make = masking.__dict__.get(name)
+        if make is None:
+            continue
+        named = _naming(make, name)
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("transformers."):
+                if module.__dict__.get(name) is make:
+                    setattr(module, name, named)
 
 
 def _recognise(mask_function: Callable) -> _Predicate | None:
     """The predicate that `mask_function` computes, or None where its structure is not one of transformers' own."""
-    if (parts := _parts(mask_function)) is None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask_function is causal_mask_function:
+        return _Predicate(is_causal=True)
+    if mask_function is bidirectional_mask_function:
+        return _Predicate()
+    if not isinstance(mask_function, NamedMaskFunction):
         return None
-    name, held = parts
-    match name:
-        case "causal_mask_function":
-            return _Predicate(is_causal=True)
-        case "bidirectional_mask_function":
-            return _Predicate()
-        case "sliding_window_overlay":
-            return _Predicate(lookback_tokens=held["sliding_window"])
-        case "sliding_window_bidirectional_overlay":
-            return _Predicate(reach_tokens=held["sliding_window"])
-        case "chunked_overlay":
-            return _Predicate(chunk_tokens=held["chunk_size"])
-        case "packed_sequence_mask_function":
-            return _Predicate(documents=held["packed_sequence_mask"])
-        case "remap_positions_for_packed_sequence":
-            # Positions count from each document's start, which moves neither causality nor windows.
-            return _recognise(held["mask_function"])
-        case "and_masks":
-            whole: _Predicate | None = _Predicate()
-            for part in held["mask_functions"]:
-                predicate = _recognise(part)
-                whole = None if whole is None or predicate is None else whole.joined(predicate)
-            return whole
+    maker, arguments = mask_function.maker, mask_function.arguments
+    if maker == "sliding_window_overlay":
+        return _Predicate(lookback_tokens=arguments[0])
+    if maker == "sliding_window_bidirectional_overlay":
+        return _Predicate(reach_tokens=arguments[0])
+    if maker == "chunked_overlay":
+        return _Predicate(chunk_tokens=arguments[0])
+    if maker == "packed_sequence_mask_function":
+        return _Predicate(documents=arguments[0])
+    if maker == "remap_positions_for_packed_sequence":
+        # Positions count from each document's start, which moves neither causality nor windows.
+        return _recognise(arguments[0])
+    if maker == "and_masks":
+        whole: _Predicate | None = _Predicate()
+        for part in arguments:
+            predicate = _recognise(part)
+            whole = None if whole is None or predicate is None else whole.joined(predicate)
+        return whole
     return None
 
 
 def _documents(mask_function: object) -> Tensor | None:
     """The packed documents named somewhere in `mask_function`, int `[batch, length]`, whatever else it does; None without any."""
-    if (parts := _parts(mask_function)) is None:
+    if not isinstance(mask_function, NamedMaskFunction):
         return None
-    name, held = parts
-    match name:
-        case "packed_sequence_mask_function":
-            return held["packed_sequence_mask"]
-        case "and_masks" | "or_masks":
-            found = (_documents(part) for part in held["mask_functions"])
-            return next((documents for documents in found if documents is not None), None)
+    if mask_function.maker == "packed_sequence_mask_function":
+        return mask_function.arguments[0]
+    if mask_function.maker in ("and_masks", "or_masks"):
+        for part in mask_function.arguments:
+            documents = _documents(part)
+            if documents is not None:
+                return documents
     return None
+
+
+def predicate_of(
+    mask_function: Callable | None, use_vmap: bool
+) -> tuple[_Predicate, Tensor | None, bool]:
+    """What is known of a mask function: its predicate, its documents, and whether the predicate is all of it. Also traced into graphs."""
+    predicate = None if use_vmap or mask_function is None else _recognise(mask_function)
+    documents = _documents(mask_function)
+    if predicate is not None and predicate.is_representable:
+        return predicate, documents, True
+    return _Predicate(predicate is not None and predicate.is_causal), documents, False
 
 
 def make_mask(
@@ -307,15 +548,10 @@ def make_mask(
         device=device,
         **kwargs,
     )
-    predicate = None if use_vmap or mask_function is None else _recognise(mask_function)
-    documents = _documents(mask_function)
-    is_known = predicate is not None and predicate.is_representable
+    predicate, documents, is_known = predicate_of(mask_function, use_vmap)
     if documents is not None and attention_mask is not None:
         documents = documents.masked_fill(~attention_mask.to(documents.device), -1)
-        is_known = False
-    if not is_known:
-        predicate = _Predicate(is_causal=predicate is not None and predicate.is_causal)
-    assert predicate is not None
+        predicate, is_known = _Predicate(is_causal=predicate.is_causal), False
     is_cross = (
         is_known
         and not predicate.is_causal
@@ -331,14 +567,12 @@ def make_mask(
         sequences = Sequences.uniform(batch_size, q_length, kv_length, 0, device)
         dense = None if attention_mask is None else attention_mask[:, None, None, :kv_length]
     else:
-        sequences, has_holes, covers_batch = _sequences_of_padding(
+        sequences, has_holes, covers_batch = sequences_of_padding(
             batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device
         )
         if has_holes and is_known:
             assert attention_mask is not None
-            width = kv_offset + kv_length - attention_mask.shape[1]
-            padded = torch.nn.functional.pad(attention_mask, (0, max(width, 0)))
-            dense = padded[:, None, None, kv_offset : kv_offset + kv_length]
+            dense = mask_of_keys(attention_mask, kv_length, kv_offset)
     if not is_known:
         dense = _evaluate(arguments)
         if documents is not None:
@@ -359,6 +593,7 @@ def make_mask(
         dense=dense,
         covers_batch=covers_batch and dense is None,
         is_cross=is_cross,
+        is_packed=documents is not None,
         arguments=arguments,
     )
 
@@ -379,88 +614,6 @@ def _evaluate(arguments: dict[str, Any]) -> Tensor:
     mask = sdpa_mask(**(arguments | always))
     assert mask is not None
     return mask
-
-
-def _sequences_of_padding(
-    batch: int,
-    query_len: int,
-    kv_len: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    attention_mask: Tensor | None,
-    device: torch.device,
-) -> tuple[Sequences, bool, bool]:
-    """One sequence per batch row, from its first to its last real token; whether padding lies between them; whether there is none.
-
-    Query rows that stand at padding belong to no sequence. With a static cache the keys end where the queries do, before the tensor.
-    """
-    keys_end = kv_offset + kv_len
-    queries_end = (
-        None if isinstance(q_offset, Tensor) else q_offset + query_len
-    )  # None: only the device knows
-    first: Tensor | None = None
-    last: Tensor | None = None
-    has_holes = False
-    query_begin = 0 if isinstance(q_offset, Tensor) else q_offset
-    if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-            raise ValueError(
-                f"attention_mask got shape {tuple(attention_mask.shape)}; it must be (batch, length) with batch {batch}; "
-                "give one row per batch item."
-            )
-        length = attention_mask.shape[1]
-        if queries_end is not None and length < queries_end:
-            raise ValueError(
-                f"attention_mask got {length} tokens; the queries end at token {queries_end}; "
-                "append ones for the tokens in the cache and the new ones."
-            )
-        place = torch.arange(length, device=device)
-        real = attention_mask.to(device)
-        first = torch.where(real, place, length).amin(1)
-        last = torch.where(real, place + 1, 0).amax(1)
-        state = torch.stack(((real.sum(1) < last - first).any(), real.all(), first.amax())).tolist()
-        has_holes = bool(state[0])
-        query_begin = max(0, query_begin - state[2])
-        if state[1]:
-            first = last = None
-    is_whole = first is None
-    covers_keys = is_whole and queries_end == keys_end
-    if covers_keys and not kv_offset and queries_end is not None:
-        start = queries_end - query_len
-        return Sequences.uniform(batch, query_len, kv_len, start, device), has_holes, True
-
-    offset = torch.as_tensor(q_offset, device=device).expand(batch)
-    end = offset + query_len
-    if first is None or last is None:
-        first = torch.zeros_like(offset)
-    else:
-        end = torch.minimum(last, end)
-    first_query = torch.maximum(first, offset)
-    first_key = first.clamp(min=kv_offset)
-    table = torch.stack(
-        (
-            torch.arange(batch, device=device),
-            first_query - offset,
-            (end - first_query).clamp(min=0),
-            first_query - first,
-            first_key - kv_offset,
-            (end.clamp(max=keys_end) - first_key).clamp(min=0),
-            first_key - first,
-        ),
-        1,
-    ).to(torch.int32)
-    sequences = Sequences(
-        table,
-        batch=batch,
-        query_len=query_len,
-        kv_len=kv_len,
-        query_end=keys_end if queries_end is None else queries_end,
-        key_end=keys_end,
-        covers_queries=is_whole,
-        covers_keys=covers_keys,
-        query_begin=query_begin,
-    )
-    return sequences, has_holes, is_whole
 
 
 _mask_of_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -9,7 +9,7 @@ from conformance.matrix import ALL_FAMILIES, FEATURES, Run, judge, run_cell
 from conformance.reasons import expected_cell
 from conformance.sweep import NOT_BUILT, REFUSED, WORKS, WRONG, Verdict, examine, families
 
-from hf_blocksparse import Dense, transformers_hook
+from hf_blocksparse import Dense, SlidingWindow, transformers_hook
 from hf_blocksparse.run_record import read_record
 from hf_blocksparse.sequences import Sequences
 
@@ -48,7 +48,7 @@ def test_a_patched_model_moves_to_the_gpu(family):
 def ignore_padding(mask):
     batch, _, query_len, kv_len = mask.shape
     start = kv_len - query_len
-    mask.sequences = Sequences.uniform(batch, query_len, kv_len, start, mask.device)
+    mask._sequences = Sequences.uniform(batch, query_len, kv_len, start, mask.device)
     mask.dense = None
 
 
@@ -64,7 +64,7 @@ def count_from_the_first_row(mask):
     table = mask.sequences.table.clone()
     table[:, 3] = table[:, 1]
     table[:, 6] = table[:, 4]
-    mask.sequences = Sequences(
+    mask._sequences = Sequences(
         **{
             name: getattr(mask.sequences, name)
             for name in ("batch", "query_len", "kv_len", "query_end", "key_end")
@@ -121,7 +121,7 @@ def test_the_matrix_notices_a_broken_mask(break_mask, family, features, monkeypa
     ("broken", "features"),
     [
         (
-            lambda layout, window, chunk: transformers_hook.SlidingWindow(window or 200),
+            lambda layout, window, chunk: SlidingWindow(window or 200),
             ("whole", "prefill_chunk_size"),
         ),
         (lambda layout, window, chunk: layout, ("whole", "dynamic_cache", "offloaded")),
@@ -129,7 +129,7 @@ def test_the_matrix_notices_a_broken_mask(break_mask, family, features, monkeypa
     ids=["the layout is ignored", "the window is ignored"],
 )
 def test_the_matrix_notices_a_broken_layout(broken, features, monkeypatch):
-    monkeypatch.setattr(transformers_hook, "_visible", broken)
+    monkeypatch.setattr(transformers_hook, "within", broken)
     for feature in features:
         with pytest.raises(AssertionError):
             run_cell(ALL_FAMILIES["gemma3"], FEATURES[feature])

@@ -21,6 +21,7 @@ from tiny_models import (
     make_model,
     real_tokens,
     run,
+    spread_weights,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -58,6 +59,7 @@ from hf_blocksparse import (
     SinkWindow,
     SlidingWindow,
     TensorLayout,
+    transformers_hook,
 )
 from hf_blocksparse.model_layouts import LayerAttention, attach, state_of
 from hf_blocksparse.patch import patch_model, unpatch_model
@@ -537,31 +539,6 @@ def test_a_compiled_model_is_one_graph_for_all_lengths_and_trains_as_eager():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        dict(attention_mask=torch.tensor([[1] * 30, [0] * 7 + [1] * 23])),
-        dict(position_ids=torch.arange(30).remainder(11).expand(2, -1), use_cache=False),
-        dict(output_attentions=True),
-    ],
-    ids=["padding", "packed", "weights"],
-)
-def test_what_a_trace_cannot_read_breaks_the_graph_and_stays_right(call):
-    model = patch_model(make_model("llama"), SinkWindow(2, 5))
-    tokens = torch.randint(5, 50, (2, 30))
-    real = call.get("attention_mask", torch.ones(2, 30)).bool()
-    expected = model(input_ids=tokens, **call)
-    torch._dynamo.reset()
-    with pytest.raises(
-        torch._dynamo.exc.Unsupported, match="block_sparse attention got a? ?(padding|mask)"
-    ):
-        torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens, **call)
-    torch._dynamo.reset()
-    found = torch.compile(model, backend="eager")(input_ids=tokens, **call)
-    torch.testing.assert_close(found.logits[real], expected.logits[real], **LOGITS)
-    torch.testing.assert_close(found.attentions, expected.attentions)
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_a_compiled_model_keeps_the_causality_of_every_layer(is_causal):
     model = make_model("llama", "eager")
@@ -598,20 +575,29 @@ def test_an_exported_model_is_the_model_at_other_lengths(strict):
             torch.testing.assert_close(program.module()(batch), model(batch), **LOGITS)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("what", ["padding", "no cache", "window", "dense layer", "weights"])
-def test_what_an_export_cannot_hold_is_refused(what, strict):
+@pytest.mark.parametrize("what", ["padding", "no cache", "window", "dense layer"])
+def test_an_exported_model_holds_masks(what):
     layout = {0: SlidingWindow(5)} if what == "dense layer" else SlidingWindow(5)
     model = patch_model(make_model("mistral" if what == "window" else "llama", "sdpa"), layout)
-    options = {"no cache": {"use_cache": False}, "weights": {"output_attentions": True}}
-    inputs = tuple(make_batch(24, padded=what == "padding").values())
+    options = {"use_cache": False} if what == "no cache" else {}
+    batch = make_batch(24, padded=what == "padding")
+    inputs, real = tuple(batch.values()), real_tokens(batch)
+    exported = torch.export.export(LogitsOf(model, **options), inputs, strict=False)
+    found = exported.module()(*inputs)[real]
+    torch.testing.assert_close(found, model(**batch).logits[real], **LOGITS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_an_export_cannot_hold_is_refused(strict):
+    model = patch_model(make_model("llama", "sdpa"), SlidingWindow(5))
+    inputs = tuple(make_batch(24, padded=False).values())
     model(
         *inputs, output_attentions=True
     )  # transformers takes a lock for the first, which Dynamo cannot
     # Dynamo wraps what the traced code raises.
     error = Exception if strict else NotImplementedError
-    with pytest.raises(error, match="torch.export got a model with padding, packed documents"):
-        torch.export.export(LogitsOf(model, **options.get(what, {})), inputs, strict=strict)
+    with pytest.raises(error, match="torch.export got a model with a 4-D mask tensor, output_att"):
+        torch.export.export(LogitsOf(model, output_attentions=True), inputs, strict=strict)
 
 
 def test_patching_says_what_it_did(caplog):
@@ -792,14 +778,110 @@ def test_image_tokens_that_read_each_other_both_ways():
     assert (causal - expected).abs().max() > 0.1
 
 
-def test_position_biases_are_refused():
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-    )
-    patch_model(model, {"encoder.block.0.layer.0.SelfAttention": Dense()})
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return spread_weights(T5ForConditionalGeneration(config).eval())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_position_biases_are_computed_by_the_models_own_attention(implementation):
+    model = t5()
+    model.set_attn_implementation(implementation)
+    batch = make_batch(20) | {"decoder_input_ids": make_batch(12, padded=False)["input_ids"]}
+    expected = model(**batch).logits
+    assert torch.equal(patch_model(model, Dense())(**batch).logits, expected)
+
+
+@pytest.mark.parametrize(("layout", "impl"), [(SlidingWindow(4), "auto"), (Dense(), "torch")])
+def test_position_biases_are_refused_by_our_kernels(layout, impl):
+    model = patch_model(t5(), {"encoder.block.0.layer.0.SelfAttention": layout}, impl=impl)
     batch = make_batch(10, padded=False)
     with pytest.raises(NotImplementedError, match=r"passes \['position_bias'\] to its attention"):
         model(**batch, decoder_input_ids=batch["input_ids"])
+
+
+@pytest.fixture
+def without_ours(monkeypatch):
+    """Our attention raises, so that what runs is the model's own."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("block-sparse attention was called")
+
+    monkeypatch.setattr(transformers_hook, "block_sparse_attention", refuse)
+
+
+WAYS_TO_RUN = {
+    "whole": lambda batch: batch,
+    "padded": lambda batch: batch | {"attention_mask": make_batch(40)["attention_mask"]},
+    "packed": lambda batch: (
+        batch | {"position_ids": torch.arange(40).remainder(11).expand(3, -1), "use_cache": False}
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_RUN)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "bert"])
+def test_a_dense_layout_is_the_models_own_attention(family, way, without_ours):
+    if family == "bert" and way == "packed":
+        pytest.skip("encoders take no packed documents by position_ids")
+    batch = WAYS_TO_RUN[way](make_batch(40, padded=False))
+    model = make_model(family, "sdpa")
+    logits, gradients = run(model, batch)
+    patch_model(model, Dense())
+    found, found_gradients = run(model, batch)
+    assert torch.equal(found, logits)
+    assert all(torch.equal(found_gradients[name], one) for name, one in gradients.items())
+
+
+def test_a_dense_layout_takes_any_4d_mask_that_the_model_takes(without_ours):
+    model = make_model("llama", "sdpa")
+    tokens = make_batch(40, padded=False)["input_ids"]
+    bias = torch.randn(3, 1, 40, 40)
+    expected = model(tokens, attention_mask=bias).logits
+    assert torch.equal(patch_model(model, Dense())(tokens, attention_mask=bias).logits, expected)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic cache", "static cache"])
+def test_a_dense_layout_generates_by_the_models_own_attention(static, without_ours):
+    batch = WAYS_TO_RUN["padded"](make_batch(40, padded=False))
+    batch["attention_mask"] = batch["attention_mask"].flip(1)  # padding on the left
+    options = dict(max_new_tokens=8, do_sample=False, output_scores=True)
+    options |= dict(return_dict_in_generate=True)
+    if static:
+        options |= dict(cache_implementation="static", disable_compile=True)
+    model = make_model("llama", "sdpa")
+    expected = model.generate(**batch, **options).scores
+    found = patch_model(model, Dense()).generate(**batch, **options).scores
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "layout", "impl"),
+    [
+        ("llama", "sdpa", Dense(), "torch"),
+        ("llama", "eager", Dense(), "auto"),
+        ("llama", "sdpa", SlidingWindow(64), "auto"),
+        ("gpt_oss", "eager", Dense(), "auto"),
+    ],
+    ids=["named", "own is eager", "sparse", "sinks"],
+)
+def test_other_layers_compute_by_ours(family, implementation, layout, impl, without_ours):
+    model = patch_model(make_model(family, implementation), layout, impl=impl)
+    with pytest.raises(AssertionError, match="block-sparse attention was called"):
+        model(**make_batch(12))
+
+
+def test_a_dense_layout_honours_what_sdpa_does_not():
+    """Documents by cu_seq_lens, and weights."""
+    model = patch_model(make_model("llama", "sdpa"), Dense())
+    tokens = make_batch(24, padded=False)["input_ids"][:1]
+    starts = torch.tensor([0, 10, 24], dtype=torch.int32)
+    packed = model(tokens, cu_seq_lens_q=starts, cu_seq_lens_k=starts, use_cache=False).logits
+    apart = [model(part).logits for part in (tokens[:, :10], tokens[:, 10:])]
+    torch.testing.assert_close(packed, torch.cat(apart, 1), **LOGITS)
+    weights = model(tokens, output_attentions=True).attentions
+    torch.testing.assert_close(weights[0].sum(3), torch.ones(1, 4, 24))
 
 
 def test_an_attention_that_never_reaches_the_function_is_noticed():

@@ -59,6 +59,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import AttentionInterface
 
 from hf_blocksparse import Layout
+from hf_blocksparse.transformers_masks import NamedMaskFunction
 
 VOCABULARY = 97
 HEADS = 4
@@ -235,11 +236,11 @@ def _is_local(mask_function: object) -> bool:
     """Whether transformers' mask function has a window or chunks anywhere inside."""
     if isinstance(mask_function, tuple):
         return any(map(_is_local, mask_function))
-    if not inspect.isfunction(mask_function):
+    if not isinstance(mask_function, NamedMaskFunction):
         return False
-    if mask_function.__qualname__.startswith(("sliding_window", "chunked_overlay")):
+    if mask_function.maker.startswith(("sliding_window", "chunked_overlay")):
         return True
-    return any(map(_is_local, inspect.getclosurevars(mask_function).nonlocals.values()))
+    return _is_local(mask_function.arguments)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ _FILE_OF = {
     f"{_MODELS}.longformer.modeling_longformer.LongformerSelfAttention": "longformer",
     f"{_MODELS}.mpt.modeling_mpt.MptAttention": "mpt",
 }
+REPLACED_MODEL_TYPES = frozenset(_FILE_OF.values())
 _NATIVE = {"big_bird": "big_bird", "longformer": "longformer"}
 _UNDO_ATTRIBUTE = "_block_sparse_replaced"
 

@@ -3,7 +3,8 @@
     python -m pytest -p conformance.plugin --attention ours --outcomes out.json tests/models/llama/test_modeling_llama.py
 
 `--attention theirs` changes nothing and writes the same record, to compare with. Models that do not support "sdpa" take ours as their
-default. Layers in which a layout has no meaning (cross-attention) keep transformers' own, as `patch_model` keeps them.
+default. Layers in which a layout has no meaning (cross-attention) keep transformers' own, as `patch_model` keeps them; all others compute
+with `impl="torch"`, as with "auto" a dense layout would be handed over to the attention that this is to be compared with.
 """
 
 from __future__ import annotations
@@ -97,28 +98,32 @@ def install(outcomes: _Outcomes) -> None:
 
     from hf_blocksparse import Dense
     from hf_blocksparse.model_layouts import (
-        STATE_ATTRIBUTE,
         LayerAttention,
+        attach,
         attention_modules,
         is_cross_attention,
         state_of,
+        stop_watching,
     )
     from hf_blocksparse.transformers_hook import block_sparse_attention_forward
     from hf_blocksparse.transformers_masks import make_mask
+    from hf_blocksparse.transformers_trace import traceable
 
     def give_layout(path: str, module: torch.nn.Module) -> None:
         layout = None if is_cross_attention(path, module) else Dense()
-        setattr(module, STATE_ATTRIBUTE, LayerAttention(path, layout, THEIRS))
+        attach(module, LayerAttention(path, layout, THEIRS, impl="torch"))
+        stop_watching(module)  # some tests call models whose attention they replaced
 
-    def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def attend_eagerly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if state_of(module) is None:  # built outside a model
             give_layout("", module)
         outcomes.calls += 1
         return block_sparse_attention_forward(module, *args, **kwargs)
 
-    for interface, ours in ((AttentionInterface, attend), (AttentionMaskInterface, make_mask)):
+    ours = traceable(attend_eagerly, make_mask)
+    for interface, one in zip((AttentionInterface, AttentionMaskInterface), ours, strict=True):
         interface.register(THEIRS, interface._global_mapping["sdpa"])
-        interface.register("sdpa", torch.compiler.disable(ours))
+        interface.register("sdpa", one)
     check, post_init = (
         PreTrainedModel._check_and_adjust_attn_implementation,
         PreTrainedModel.post_init,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_blocksparse.capture import check_not_capturing
+from hf_blocksparse.capture import build_to_keep, check_not_capturing, is_capturing
 from hf_blocksparse.ops.triton.column_parts import (
     Parts,
     Schedules,
@@ -259,7 +259,10 @@ def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedul
     """The schedule of a call with `heads` query heads, made at its first use and kept as long as index and sequences live."""
     known = _known(_schedules, index, sequences)
     if heads not in known:
-        known[heads] = make_schedule(index, sequences, heads, _num_programs(index))
+        known[heads] = build_to_keep(
+            index.bank.device,
+            lambda: make_schedule(index, sequences, heads, _num_programs(index)),
+        )
     return known[heads]
 
 
@@ -269,8 +272,9 @@ def column_schedule_for(
     """The same for the backward kernel and the key pass."""
     known = _known(_column_schedules, index, sequences)
     if (heads, kv_heads) not in known:
-        known[heads, kv_heads] = make_column_schedule(
-            index, sequences, heads, kv_heads, _num_programs(index)
+        known[heads, kv_heads] = build_to_keep(
+            index.bank.device,
+            lambda: make_column_schedule(index, sequences, heads, kv_heads, _num_programs(index)),
         )
     return known[heads, kv_heads]
 
@@ -316,7 +320,8 @@ def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_programs: int
 ) -> Schedule:
     """Lists for `num_programs`, fewer where there are fewer tiles. `index` has square tiles and is not empty."""
-    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    if not sequences.is_transient:
+        check_not_capturing(index.bank.device, "the schedule of these sequences")
     tile = index.tile_q
     items = sequences.q_items(tile)
     num_items = items.shape[0]
@@ -341,7 +346,8 @@ def make_column_schedule(
     num_programs: int,
 ) -> ColumnSchedule:
     """Lists of key tiles; otherwise as `make_schedule`."""
-    check_not_capturing(index.bank.device, "the schedule of these sequences")
+    if not sequences.is_transient:
+        check_not_capturing(index.bank.device, "the schedule of these sequences")
     tile = index.tile_kv
     items = sequences.kv_items(tile)
     num_items = items.shape[0]
@@ -357,7 +363,8 @@ def make_column_schedule(
     _give_empty_tiles_a_step(records, is_used & (steps == 0), lists.indices[0])
     steps = records[:, :, COLUMN_TILES].sum(1).long().clamp(min=0)
     split = None
-    num_parts = count_parts(steps, num_programs)
+    # Parts are counted on the host, which a capture does not wait for.
+    num_parts = None if is_capturing(steps.device) else count_parts(steps, num_programs)
     if num_parts is not None:
         columns = records[:, 0, [0, 1, COLUMN_KV_ROW, COLUMN_KV_BEGIN, COLUMN_KV_END]]
         columns[:, 1] //= heads // kv_heads
@@ -434,14 +441,19 @@ def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tens
         records[:, 0, field] = torch.where(is_empty, value, records[:, 0, field])
 
 
-@torch.inference_mode(False)
 def transposed_bank(index: BlockIndex) -> Tensor:
     """The bank of `index` with words along the queries: bit `c % 32` of word `c // 32` of row `r` is coefficient `(c, r)`."""
     bank = _transposed_banks.get(index)
     if bank is None:
         check_not_capturing(index.bank.device, "the transposed masks of this layout")
-        bank = torch.empty_like(index.bank)
-        if bank.shape[0]:
-            transpose_bank_kernel[(bank.shape[0],)](index.bank, bank, TILE_SIZE=index.tile_q)
+        bank = build_to_keep(index.bank.device, lambda: _transpose(index.bank, index.tile_q))
         _transposed_banks[index] = bank
     return bank
+
+
+@torch.inference_mode(False)
+def _transpose(bank: Tensor, tile: int) -> Tensor:
+    transposed = torch.empty_like(bank)
+    if bank.shape[0]:
+        transpose_bank_kernel[(bank.shape[0],)](bank, transposed, TILE_SIZE=tile)
+    return transposed

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_blocksparse.capture import check_not_capturing
+from hf_blocksparse.capture import build_to_keep, check_not_capturing, is_capturing
 from hf_blocksparse.ops.triton.tiles import (
     clip_entries,
     load_list,
@@ -243,7 +243,9 @@ def column_parts_for(
     if case not in kept:
         device = index.bank.device
         programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-        kept[case] = make_column_parts(index, sequences, lists, *case, programs)
+        kept[case] = build_to_keep(
+            device, lambda: make_column_parts(index, sequences, lists, *case, programs)
+        )
     return kept[case]
 
 
@@ -258,8 +260,11 @@ def make_column_parts(
     tile_kv: int,
     num_programs: int,
 ) -> ColumnParts | None:
-    """Parts for `num_programs` that run at a time."""
-    check_not_capturing(index.bank.device, "the list of these key tiles")
+    """Parts for `num_programs` that run at a time. They are counted on the host, so in a capture transient sequences have none."""
+    device = index.bank.device
+    if sequences.is_transient and is_capturing(device):
+        return None
+    check_not_capturing(device, "the list of these key tiles")
     items = sequences.kv_items(tile_kv)
     num_items = items.shape[0]
     steps = items.new_empty(num_items, heads)
