@@ -175,6 +175,11 @@ class TrainerArguments(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations"})
 
+    @property
+    def n_gpu(self) -> int:
+        """A process trains on one GPU; with all that it sees, the Trainer would give each a window and count one."""
+        return min(super().n_gpu, 1)
+
 
 def parse_arguments(
     argv: Sequence[str],

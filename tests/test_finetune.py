@@ -661,6 +661,12 @@ def test_a_recipe_gives_arguments_and_the_command_line_wins(tmp_path):
     assert training.learning_rate == 3e-4
 
 
+def test_a_process_trains_on_one_gpu_of_those_it_sees(tmp_path):
+    *_, training = finetune.parse_arguments([f"--output_dir={tmp_path}", "--use_cpu"])
+    training._n_gpu = 8  # what the Trainer finds where nothing was launched
+    assert (training.n_gpu, training.train_batch_size) == (1, 1)
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "scripts" / "recipes").glob("*.json")))
 def test_recipes_are_whole(recipe, tmp_path):
     _, text, measured, arguments, training = finetune.parse_arguments(
