@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from chunked_loss import use_chunked_loss
 from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
@@ -540,6 +541,7 @@ def train_one(
         finished.write_text(json.dumps(to_plain(run), indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # under DeepSpeed the next Trainer cannot be made beside this one's
     return run
 
 
