@@ -22,6 +22,7 @@ weights; so does one that was stopped while it measured.
 import copy
 import gc
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -231,6 +232,11 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
         raise ValueError(
             "lora_norms_and_embeddings got True without LoRA, where all weights are trained; it needs a "
             "rank; give --lora_rank or leave it out."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and training.device.type == "cpu":
+        raise ValueError(
+            "distributed_type got FSDP on a cpu; accelerate shards weights over GPUs alone, and would give every process the whole "
+            "model; launch with --config_file scripts/accelerate/ddp.yaml or zero3.yaml."
         )
     folder = Path(training.output_dir)
     if arguments.resume and not (folder / MANIFEST).exists():

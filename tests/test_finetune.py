@@ -752,9 +752,11 @@ def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_machines", [1, 2])
-def test_sharded_training_is_that_of_one_process(inputs, tmp_path, num_machines):
-    """FSDP2 with the configuration of scripts/accelerate on two CPU processes, under one launcher or two."""
-    config = on_cpu(tmp_path, "fsdp2.yaml")
+def test_data_parallel_training_is_that_of_one_process_under_launchers(
+    inputs, tmp_path, num_machines
+):
+    """Two CPU processes under one launcher, and resumed, or under two, as on two machines."""
+    config = on_cpu(tmp_path, "ddp.yaml")
     split, one = tmp_path / "split", tmp_path / "one"
     arguments = [*inputs, *UNMEASURED, "--save_total_limit=2"]
     options = [["--main_process_port", "29573"]]
@@ -767,6 +769,14 @@ def test_sharded_training_is_that_of_one_process(inputs, tmp_path, num_machines)
     check_split_run(split / "layout", one / "layout", num_processes=2, tokens_per_step=320)
     if num_machines == 1:
         check_resumed(split / "layout", [*arguments, f"--output_dir={split}"], config, *options[0])
+
+
+def test_weights_that_would_not_be_sharded_are_refused(inputs, tmp_path, monkeypatch):
+    """accelerate leaves FSDP aside on CPU processes, in silence."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="distributed_type got FSDP on a cpu; .* zero3.yaml"):
+        finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -787,8 +797,8 @@ def test_deepspeed_training_is_that_of_one_process(inputs, tmp_path, shared_by):
 
 BY_HEAD = (SinkWindow(64, 192), BigBird(128, 1, 1, 1), SlidingWindow(200), Dense())
 # The first loss (nats), the later ones, and the share of each weight's change. With the heads' layouts in another order the first
-# loss is off by 0.03. In bfloat16 the steps depend on rounding, most of all where DeepSpeed rounds the weights.
-TOLERANCES = {"float32": (5e-4, 5e-4, 0.05), "bfloat16": (3e-3, 0.1, 0.5)}
+# loss is off by 0.3. In bfloat16 the steps depend on rounding, most of all where DeepSpeed rounds the weights.
+TOLERANCES = {"float32": (5e-4, 5e-4, 0.05), "bfloat16": (1e-2, 0.1, 0.5)}
 
 
 @pytest.mark.gpu
@@ -805,8 +815,9 @@ def test_training_on_two_gpus_is_that_of_one(tmp_path, name, shared_by, dtype):
 
 
 def compare_two_devices_with_one(tmp_path, config, shared_by, dtype, *options):
-    sizes = dict(hidden_size=256, max_position_embeddings=1024, initializer_range=0.1)
-    source = write_model(tmp_path / "source", **sizes)
+    # ZeRO-3 shards weights of 100,000 numbers and more.
+    sizes = dict(hidden_size=512, head_dim=64, max_position_embeddings=1024)
+    source = write_model(tmp_path / "source", **sizes, initializer_range=0.1)
     text = write_text(tmp_path / "text", words=300)
     layouts = {"by_head": PerHead(BY_HEAD), "swapped": PerHead(BY_HEAD[1::-1] + BY_HEAD[:1:-1])}
     for name, layout in layouts.items():
