@@ -242,6 +242,7 @@ def test_their_tests_run_with_ours_and_again_with_theirs(tmp_path):
     tests.write_text(tests.read_text().replace(", position_bias=torch.zeros(1)", ""))
     conformance.main(["suite", *arguments, "--again", "refused"])
     better = {"passed": 3, "failed": 1, "through_our_attention": 2, "theirs_only": {}}
+    better["git_commit_again"] = commit
     results = read_record(tmp_path / "record.json").results
     assert results == {"llama": expected | better, "t5": other}
 

@@ -262,7 +262,8 @@ def run_suite(args: argparse.Namespace) -> None:
         if summary is None or summary is made.get(family):
             continue
         # The families of one record may come from several runs.
-        made[family] = summary | {"git_commit": environment.git_commit}
+        key = "git_commit_again" if args.again else "git_commit"
+        made[family] = summary | {key: environment.git_commit}
         results = {family: made[family] for family in SUITE_FAMILIES if family in made}
         write_record(_record(args, environment, started, results), args.output)
 
