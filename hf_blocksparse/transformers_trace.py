@@ -40,7 +40,15 @@ _WITH_MASKS_OF_THEIR_OWN = (
     "flex_attention",
 )
 # What an attention of ours takes from its keyword arguments.
-_TAKEN = ("is_causal", "sliding_window", "softcap", "s_aux", "alibi_slopes", "return_lse")
+_TAKEN = (
+    "is_causal",
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "alibi_slopes",
+    "return_lse",
+    "output_attentions",  # False: weights are made outside of graphs
+)
 
 
 def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Callable]:

@@ -22,6 +22,7 @@ weights; so does one that was stopped while it measured.
 import copy
 import gc
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from chunked_loss import use_chunked_loss
 from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
@@ -175,6 +177,11 @@ class TrainerArguments(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations"})
 
+    @property
+    def n_gpu(self) -> int:
+        """A process trains on one GPU; with all that it sees, the Trainer would give each a window and count one."""
+        return min(super().n_gpu, 1)
+
 
 def parse_arguments(
     argv: Sequence[str],
@@ -225,6 +232,11 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
         raise ValueError(
             "lora_norms_and_embeddings got True without LoRA, where all weights are trained; it needs a "
             "rank; give --lora_rank or leave it out."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and training.device.type == "cpu":
+        raise ValueError(
+            "distributed_type got FSDP on a cpu; accelerate shards weights over GPUs alone, and would give every process the whole "
+            "model; launch with --config_file scripts/accelerate/ddp.yaml or zero3.yaml."
         )
     folder = Path(training.output_dir)
     if arguments.resume and not (folder / MANIFEST).exists():
@@ -535,6 +547,7 @@ def train_one(
         finished.write_text(json.dumps(to_plain(run), indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # under DeepSpeed the next Trainer cannot be made beside this one's
     return run
 
 

@@ -18,25 +18,19 @@ def byte_tokenizer():
 
 def write_model(folder: Path, **options) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **dict(max_position_embeddings=256) | options,
-    )
+    sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(**sizes | heads | dict(max_position_embeddings=256) | options)
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def write_text(folder: Path) -> Path:
+def write_text(folder: Path, words: int = 90) -> Path:
     folder.mkdir(exist_ok=True)
     draw = random.Random(0)
     for number in range(12):
-        words = " ".join(draw.choice(("sparse", "tiles", "keep", "few")) for _ in range(90))
-        (folder / f"{number:02d}.txt").write_text(f"{number:02d} {words}")
+        text = " ".join(draw.choice(("sparse", "tiles", "keep", "few")) for _ in range(words))
+        (folder / f"{number:02d}.txt").write_text(f"{number:02d} {text}")
     (folder / "short.txt").write_text("too short for a window")
     return folder

@@ -1,6 +1,7 @@
 """The cells of the conformance matrix: every way of running works, or is refused with the reason that is written here."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conformance.reasons import expected_cell
 from conformance.sweep import NOT_BUILT, REFUSED, WORKS, WRONG, Verdict, examine, families
 
 from hf_blocksparse import Dense, SlidingWindow, transformers_hook
-from hf_blocksparse.run_record import read_record
+from hf_blocksparse.run_record import read_record, write_record
 from hf_blocksparse.sequences import Sequences
 
 # All features run for these in every test run, for the others with -m slow.
@@ -214,18 +215,47 @@ def test_their_tests_run_with_ours_and_again_with_theirs(tmp_path):
         "--families",
         "llama",
     ]
-    output = tmp_path / "record.json"
-    conformance.main(["suite", *map(str, arguments), "--output", str(output)])
-    assert read_record(output).results == {
-        "llama": {
-            "passed": 2,
-            "skipped": 1,
-            "failed": 2,
-            "through_our_attention": 1,
-            "failed_with_both": 1,
-            "theirs_only": {"test_theirs_alone": "relative position biases are refused"},
-        }
+    arguments = [*map(str, arguments), "--output", str(tmp_path / "record.json")]
+    with pytest.raises(ValueError, match="again got 'refused', but there is no record"):
+        conformance.main(["suite", *arguments, "--again", "refused"])
+    conformance.main(["suite", *arguments])
+    record = read_record(tmp_path / "record.json")
+    commit = record.environment.git_commit
+    expected = {
+        "passed": 2,
+        "skipped": 1,
+        "failed": 2,
+        "through_our_attention": 1,
+        "failed_with_both": 1,
+        "theirs_only": {"test_theirs_alone": "relative position biases are refused"},
+        "git_commit": commit,
     }
+    assert record.results == {"llama": expected}
+
+    # Other families and other reasons stay; what passes now is counted.
+    other = expected | {"git_commit": "before"}
+    write_record(
+        replace(record, results={"llama": expected, "t5": other}), tmp_path / "record.json"
+    )
+    conformance.main(["suite", *arguments, "--again", "dropout"])
+    assert read_record(tmp_path / "record.json").results == {"llama": expected, "t5": other}
+    tests = folder / "test_modeling_llama.py"
+    tests.write_text(tests.read_text().replace(", position_bias=torch.zeros(1)", ""))
+    conformance.main(["suite", *arguments, "--again", "refused"])
+    better = {"passed": 3, "failed": 1, "through_our_attention": 2, "theirs_only": {}}
+    better["git_commit_again"] = commit
+    results = read_record(tmp_path / "record.json").results
+    assert results == {"llama": expected | better, "t5": other}
+
+
+def test_a_record_holds_one_version_of_what_is_tested(tmp_path):
+    record = read_record(conformance.RESULTS / "conformance_suite.json")
+    packages = record.environment.packages | {"transformers": "5.0.0"}
+    environment = replace(record.environment, packages=packages)
+    write_record(replace(record, environment=environment), tmp_path / "record.json")
+    arguments = ["--transformers-tests", str(tmp_path), "--output", str(tmp_path / "record.json")]
+    with pytest.raises(ValueError, match="made with transformers 5.0.0, but .* another --output"):
+        conformance.main(["suite", *arguments])
 
 
 def test_the_page_is_made_of_the_records():

@@ -6,9 +6,11 @@
     python tests/conformance/run.py table
 
 `suite` runs transformers' own model tests with our attention (dense layout) in the place of "sdpa", and those that do not pass again with
-theirs. It needs the tests/ and utils/ folders of transformers' repository at the installed version, and its src/transformers (a link to
-the installed package will do). `matrix` runs tiny models with a sparse layout against eager attention, see matrix.py. `sweep` does so once
-for every language model there is, see sweep.py. Each writes a record to docs/results; `table` writes docs/conformance.md.
+theirs; families that are not named keep their place in its record. With `--again PATTERN` it runs once more, with ours, the tests that
+passed with theirs alone for such a reason. It needs the tests/ and utils/ folders of transformers' repository at the installed version,
+and its src/transformers (a link to the installed package will do). `matrix` runs tiny models with a sparse layout against eager
+attention, see matrix.py; `sweep` does so once for every language model there is, see sweep.py. Each writes a record to docs/results;
+`table` writes docs/conformance.md.
 """
 
 from __future__ import annotations
@@ -87,6 +89,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=ROOT / "build" / "conformance",
         help="folder of the outcomes by test; families whose outcomes are there are not run again",
     )
+    suite.add_argument(
+        "--again",
+        metavar="PATTERN",
+        help="run only the tests of the record that passed with theirs alone, for a reason that has this regular expression",
+    )
     suite.add_argument("--output", type=Path, default=RESULTS / "conformance_suite.json")
     matrix = commands.add_parser("matrix", help="our own matrix")
     matrix.add_argument("--families", nargs="+", default=None, metavar="FAMILY")
@@ -142,29 +149,57 @@ def _pytest(args: argparse.Namespace, attention: str, tests: Sequence[str], outc
     return outcomes.exists()
 
 
-def run_family(args: argparse.Namespace, family: str) -> None:
-    """Leave `FAMILY.ours.json` and `FAMILY.theirs.json` in the folder of outcomes."""
+def _test_file(family: str) -> str:
+    return f"tests/models/{family}/test_modeling_{family}.py"
+
+
+def run_family(args: argparse.Namespace, family: str) -> dict[str, Any] | None:
+    """The summary of one family, or None without outcomes; `FAMILY.{ours,theirs}.json` stay in the folder of outcomes."""
     ours, theirs = (
         args.outcomes / f"{family}.{attention}.json" for attention in ("ours", "theirs")
     )
     started = time.perf_counter()
-    if not ours.exists() and not _pytest(
-        args, "ours", [f"tests/models/{family}/test_modeling_{family}.py"], ours
-    ):
+    if not ours.exists() and not _pytest(args, "ours", [_test_file(family)], ours):
         print(f"{family}: no outcomes, see {ours.with_suffix('.log')}", flush=True)
-        return
+        return None
     again = [
         test for test, made in json.loads(ours.read_text()).items() if made["outcome"] != "passed"
     ]
     if not theirs.exists() and not _pytest(args, "theirs", again, theirs):
         print(f"{family}: no outcomes, see {theirs.with_suffix('.log')}", flush=True)
-        return
+        return None
     summary = summarise(args.outcomes, family)
     print(
         f"{family}: {summary['passed']} passed, {len(summary['theirs_only'])} with theirs only "
         f"({time.perf_counter() - started:.0f} s)",
         flush=True,
     )
+    return summary
+
+
+def run_again(args: argparse.Namespace, family: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The summary of one family after the tests that `--again` names."""
+    tests = [name for name, reason in known["theirs_only"].items() if re.search(args.again, reason)]
+    outcomes = args.outcomes / f"{family}.again.json"
+    outcomes.unlink(missing_ok=True)
+    if not tests or not _pytest(
+        args, "ours", [f"{_test_file(family)}::{test}" for test in tests], outcomes
+    ):
+        print(f"{family}: {len(tests)} tests, nothing changed", flush=True)
+        return known
+    summary = known | {"theirs_only": dict(known["theirs_only"])}
+    for test, made in json.loads(outcomes.read_text()).items():
+        name = test.split("::", 1)[1]
+        if made["outcome"] == "passed":
+            del summary["theirs_only"][name]
+            summary["passed"] += 1
+            summary["failed"] -= 1
+            summary["through_our_attention"] += bool(made["calls"])
+        else:
+            summary["theirs_only"][name] = explain(made["error"] or made["outcome"])
+    left = len(summary["theirs_only"]) - len(known["theirs_only"]) + len(tests)
+    print(f"{family}: {len(tests)} tests, {left} still with theirs only", flush=True)
+    return summary
 
 
 def summarise(folder: Path, family: str) -> dict[str, Any]:
@@ -215,18 +250,38 @@ def _record(
 
 def run_suite(args: argparse.Namespace) -> None:
     environment, started = describe_environment(torch.device("cpu")), time.perf_counter()
-    for family in args.families:
-        run_family(args, family)
-    finished = [
-        family
-        for family in SUITE_FAMILIES
-        if all(
-            (args.outcomes / f"{family}.{attention}.json").exists()
-            for attention in ("ours", "theirs")
+    made: dict[str, Any] = {}
+    if args.output.exists():
+        before = read_record(args.output)
+        check_versions(before.environment, environment, args.output)
+        made = before.results
+    elif args.again:
+        raise ValueError(
+            f"again got {args.again!r}, but there is no record {args.output}; it holds the tests to run; run the suite without "
+            "--again first."
         )
-    ]
-    results = {family: summarise(args.outcomes, family) for family in finished}
-    write_record(_record(args, environment, started, results), args.output)
+    for family in args.families:
+        if not args.again:
+            summary = run_family(args, family)
+        else:
+            summary = run_again(args, family, made[family]) if family in made else None
+        if summary is None or summary is made.get(family):
+            continue
+        # The families of one record may come from several runs.
+        key = "git_commit_again" if args.again else "git_commit"
+        made[family] = summary | {key: environment.git_commit}
+        results = {family: made[family] for family in SUITE_FAMILIES if family in made}
+        write_record(_record(args, environment, started, results), args.output)
+
+
+def check_versions(before: Environment, now: Environment, path: Path) -> None:
+    """Refuse a record of other versions of what is tested."""
+    for package in ("transformers", "torch"):
+        if before.packages[package] != now.packages[package]:
+            raise ValueError(
+                f"output got {path}, made with {package} {before.packages[package]}, but {now.packages[package]} is installed; one "
+                "record holds one version; give another --output."
+            )
 
 
 def run_matrix(args: argparse.Namespace) -> None:
