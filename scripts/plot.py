@@ -27,34 +27,25 @@ from evaluation_results import LAYOUT, EvaluationResults
 from sparsify_results import LayoutFacts, SparsifyResults
 from torch import Tensor
 
-from hf_blocksparse import Layout, PerLayer, layout_from_dict
+from hf_blocksparse import Dense, Layout, PerLayer, layout_from_dict
+from hf_blocksparse.inspection import kept_fractions
 from hf_blocksparse.run_record import from_plain, read_record
 
-PIXELS = 256
+CELLS = 256
 
 
-def pool_layout(layout: Layout, length: int, *, num_heads: int, pixels: int = PIXELS) -> Tensor:
-    """Share of causal coefficients kept, float32 `[pixels, pixels]`, at most one pixel per token.
+def pool_layout(layout: Layout, length: int, *, num_heads: int, max_cells: int = CELLS) -> Tensor:
+    """Share of causal coefficients kept, float32 `[cells, cells]`, cells as those of `kept_fractions`.
 
-    Shares are of a pixel's coefficients at or below the diagonal, mean over heads; pixels wholly
-    above it are NaN. Masks are made for one row of pixels at a time.
+    Shares are of a cell's coefficients at or below the diagonal, mean over heads; cells wholly
+    above it are NaN.
     """
-    pixels = min(pixels, length)
-    edges = [length * i // pixels for i in range(pixels + 1)]
-    columns = torch.tensor(edges)
-    shares = torch.full((pixels, pixels), torch.nan)
-    for row, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        mask = layout.to_mask(
-            end - start, length, is_causal=True, num_heads=num_heads, query_start=start
-        )
-        kept = mask.float().mean(0).sum(0)
-        causal = (torch.arange(start, end)[:, None] >= torch.arange(length)).sum(0)
-        kept_before, causal_before = (
-            torch.cat((torch.zeros(1, dtype=torch.float64), count.double().cumsum(0)))
-            for count in (kept, causal)
-        )
-        shares[row] = (kept_before[columns].diff() / causal_before[columns].diff()).float()
-    return shares
+
+    def fractions(of: Layout, head: int) -> Tensor:
+        return kept_fractions(of, length, is_causal=True, head=head, max_cells=max_cells)
+
+    kept = torch.stack([fractions(layout, head) for head in range(num_heads)]).mean(0)
+    return kept / fractions(Dense(), 0)
 
 
 def draw_layout(facts: LayoutFacts, num_heads: int, context_tokens: int, path: Path) -> None:
