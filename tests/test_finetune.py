@@ -688,7 +688,8 @@ def test_recipes_are_whole(recipe, tmp_path):
     finetune.check_arguments(arguments, training)
     measured.resolve(text.context_tokens)
     layout = layout_argument.read_layout(arguments.layout)
-    assert layout.density(text.context_tokens, is_causal=True) <= 0.25
+    facts = protocol.describe_layout(layout, 30, 9, text.context_tokens)
+    assert facts.density <= 0.25
     given = json.loads(recipe.read_text())
     assert training.learning_rate == given["learning_rate"]
     assert training.max_steps == given["max_steps"]
