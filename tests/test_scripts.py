@@ -228,6 +228,16 @@ def test_pooled_layout_is_the_share_of_causal_coefficients_kept():
             assert shares[row, column].item() == pytest.approx(expected.item())
 
 
+def test_pooled_layers_are_the_mean_of_those_named_and_dense_ones():
+    narrow, half = SinkWindow(3, 29), PerHead((SinkWindow(3, 29), Dense()))
+    layers = PerLayer({0: narrow, 2: half})
+    mean = plot.pool_layers(layers, 150, num_layers=4, num_heads=2)
+    first, dense = (plot.pool_layout(each, 150, num_heads=2) for each in (narrow, Dense()))
+    torch.testing.assert_close(mean, (1.5 * first + 2.5 * dense) / 4, equal_nan=True)
+    only = plot.pool_layers(narrow, 150, num_layers=4, num_heads=2)
+    torch.testing.assert_close(only, first, equal_nan=True)
+
+
 def test_figure_is_drawn_from_the_record(record_path, capsys):
     plot.main([str(record_path)])
     figure = Path(capsys.readouterr().out.strip())
