@@ -82,6 +82,9 @@ class EvaluateArguments:
     cards: str = field(
         default=str(REPOSITORY / "model_cards"), metadata={"help": "folder of results"}
     )
+    figures: bool = field(
+        default=True, metadata={"help": "draw the figures; False leaves them to plot.py"}
+    )
 
 
 def own_layout(model: PreTrainedModel) -> Layout | None:
@@ -156,7 +159,9 @@ def recorded_arguments(*groups: Any, **changed: Any) -> dict[str, Any]:
         recorded |= group if isinstance(group, dict) else asdict(group)
     for key in ("model", "dataset"):
         recorded[key] = public_name(recorded[key])
-    return {key: value for key, value in (recorded | changed).items() if key != "cards"}
+    return {
+        key: value for key, value in (recorded | changed).items() if key not in ("cards", "figures")
+    }
 
 
 def publish(
@@ -168,8 +173,9 @@ def publish(
     environment: Environment,
     phases: Phases,
     cards: Path,
+    figures: bool,
 ) -> Path:
-    """Write record, figures and card; print the tables. Returns the card's path."""
+    """Write record, figures (if wanted) and card; print the tables. Returns the card's path."""
     record = cards / results.name / "results" / f"{Path(script).stem}.json"
     write_record(
         RunRecord(
@@ -183,12 +189,13 @@ def publish(
         ),
         record,
     )
-    if importlib.util.find_spec("matplotlib") is None:
-        print(
-            f"no figures, matplotlib is not installed; from the record: python scripts/plot.py {record}"
-        )
-    else:
+    missing = None if figures else "not wanted"
+    if figures and importlib.util.find_spec("matplotlib") is None:
+        missing = "matplotlib is not installed"
+    if missing is None:
         draw_figures(record)
+    else:
+        print(f"no figures, {missing}; from the record: python scripts/plot.py {record}")
     card = write_model_card(record)
     print(f"\n{quality_table(results)}\n")
     if results.costs:
@@ -280,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 environment=environment,
                 phases=phases,
                 cards=Path(arguments.cards),
+                figures=arguments.figures,
             )
 
         publish_around_costs(

@@ -162,6 +162,9 @@ class FinetuneArguments:
     cards: str = field(
         default=str(REPOSITORY / "model_cards"), metadata={"help": "folder of results"}
     )
+    figures: bool = field(
+        default=True, metadata={"help": "draw the figures; False leaves them to plot.py"}
+    )
 
 
 @dataclass
@@ -768,6 +771,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 environment=environment,
                 phases=phases,
                 cards=Path(arguments.cards),
+                figures=arguments.figures,
             )
 
         publish_around_costs(

@@ -9,6 +9,7 @@ Needs matplotlib: pip install "hf-blocksparse[plots]".
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,51 +25,53 @@ from benchmark_results import (
 )
 from evaluation_figures import draw_evaluation
 from evaluation_results import LAYOUT, EvaluationResults
-from sparsify_results import LayoutFacts, SparsifyResults
+from sparsify_results import LayoutFacts, ModelFacts, SparsifyResults
 from torch import Tensor
 
-from hf_blocksparse import Layout, PerLayer, layout_from_dict
+from hf_blocksparse import Dense, Layout, PerLayer, layout_from_dict
+from hf_blocksparse.inspection import kept_fractions
 from hf_blocksparse.run_record import from_plain, read_record
 
-PIXELS = 256
+CELLS = 256
 
 
-def pool_layout(layout: Layout, length: int, *, num_heads: int, pixels: int = PIXELS) -> Tensor:
-    """Share of causal coefficients kept, float32 `[pixels, pixels]`, at most one pixel per token.
+def pool_layout(layout: Layout, length: int, *, num_heads: int, max_cells: int = CELLS) -> Tensor:
+    """Share of causal coefficients kept, float32 `[cells, cells]`, cells as those of `kept_fractions`.
 
-    Shares are of a pixel's coefficients at or below the diagonal, mean over heads; pixels wholly
-    above it are NaN. Masks are made for one row of pixels at a time.
+    Shares are of a cell's coefficients at or below the diagonal, mean over heads; cells wholly
+    above it are NaN.
     """
-    pixels = min(pixels, length)
-    edges = [length * i // pixels for i in range(pixels + 1)]
-    columns = torch.tensor(edges)
-    shares = torch.full((pixels, pixels), torch.nan)
-    for row, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        mask = layout.to_mask(
-            end - start, length, is_causal=True, num_heads=num_heads, query_start=start
-        )
-        kept = mask.float().mean(0).sum(0)
-        causal = (torch.arange(start, end)[:, None] >= torch.arange(length)).sum(0)
-        kept_before, causal_before = (
-            torch.cat((torch.zeros(1, dtype=torch.float64), count.double().cumsum(0)))
-            for count in (kept, causal)
-        )
-        shares[row] = (kept_before[columns].diff() / causal_before[columns].diff()).float()
-    return shares
+
+    def fractions(of: Layout, head: int) -> Tensor:
+        return kept_fractions(of, length, is_causal=True, head=head, max_cells=max_cells)
+
+    kept = torch.stack([fractions(layout, head) for head in range(num_heads)]).mean(0)
+    return kept / fractions(Dense(), 0)
 
 
-def draw_layout(facts: LayoutFacts, num_heads: int, context_tokens: int, path: Path) -> None:
-    """A picture of the layout at the context of the run; of the first layer named where they
-    differ.
-    """
+def pool_layers(layout: Layout, length: int, *, num_layers: int, num_heads: int) -> Tensor:
+    """`pool_layout` of the first layer; where layers are named one by one, the mean over all of them."""
+    if not isinstance(layout, PerLayer):
+        return pool_layout(layout.for_layer(0), length, num_heads=num_heads)
+    named = dict(layout.layers)
+    # A layer that is not named has the model's own attention.
+    counts = Counter(
+        named[layer].for_layer(layer) if layer in named else Dense() for layer in range(num_layers)
+    )
+    sums = [
+        pool_layout(each, length, num_heads=num_heads) * count for each, count in counts.items()
+    ]
+    return torch.stack(sums).sum(0) / num_layers
+
+
+def draw_layout(facts: LayoutFacts, model: ModelFacts, context_tokens: int, path: Path) -> None:
+    """A picture of the layout at the context of the run, see `pool_layers`."""
     from matplotlib.figure import Figure
 
     layout = layout_from_dict(facts.layout)
-    title = facts.description
-    if isinstance(layout, PerLayer):
-        key, layout = layout.layers[0]
-        title = f"layer {key}: {layout!r}"
-    shares = pool_layout(layout.for_layer(0), context_tokens, num_heads=num_heads)
+    shares = pool_layers(
+        layout, context_tokens, num_layers=model.num_layers, num_heads=model.query_heads
+    )
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     extent = (0, context_tokens, context_tokens, 0)
@@ -76,7 +79,11 @@ def draw_layout(facts: LayoutFacts, num_heads: int, context_tokens: int, path: P
         shares.numpy(), extent=extent, cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
     )
     axes.set(xlabel="key position", ylabel="query position")
-    axes.set_title(f"{title}\nkeeps {facts.density:.1%} of the causal coefficients", fontsize=9)
+    description = facts.description.replace("heads, ", "heads,\n")
+    mean = f", mean of {model.num_layers} layers" if isinstance(layout, PerLayer) else ""
+    axes.set_title(
+        f"{description}\nkeeps {facts.density:.1%} of the causal coefficients{mean}", fontsize=9
+    )
     figure.colorbar(image, label="share kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -161,13 +168,12 @@ def draw_figures(path: Path) -> list[Path]:
     layout = folder / "layout.png"
     if record.script == "sparsify.py":
         sparsified = from_plain(SparsifyResults, record.results)
-        heads = sparsified.model.query_heads
-        draw_layout(sparsified.layout, heads, sparsified.context_tokens, layout)
+        draw_layout(sparsified.layout, sparsified.model, sparsified.context_tokens, layout)
         return [layout]
     results = from_plain(EvaluationResults, record.results)
     facts = next(a.facts for a in results.attentions if a.role == LAYOUT)
     assert facts is not None
-    draw_layout(facts, results.model.query_heads, results.context_tokens, layout)
+    draw_layout(facts, results.model, results.context_tokens, layout)
     return [layout, *draw_evaluation(results, folder)]
 
 

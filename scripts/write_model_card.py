@@ -16,6 +16,7 @@ from card_parts import (
     quantity,
     source_sentences,
 )
+from encoder_results import render_encoder
 from evaluation_card import render_evaluation
 from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import CostRow, Quality, SparsifyResults
@@ -119,6 +120,8 @@ def render(record: RunRecord, record_path: str) -> str:
     """The whole card, as markdown with its YAML header."""
     if record.script in EVALUATION_SCRIPTS:
         return render_evaluation(record, record_path)
+    if record.script == "finetune_encoder.py":
+        return render_encoder(record, record_path)
     results = from_plain(SparsifyResults, record.results)
     model, layout = results.model, results.layout
     training = results.trainings[-1]

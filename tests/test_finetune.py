@@ -134,6 +134,25 @@ def test_evaluation_measures_every_attention_on_the_same_tokens(evaluation, mode
     assert str(model_folder.parent) not in evaluation.read_text()
 
 
+def test_figures_may_be_left_to_plot(evaluation, tmp_path, capsys):
+    record = read_record(evaluation)
+    card = evaluate.publish(
+        results_of(evaluation),
+        script=record.script,
+        arguments=record.arguments,
+        seed=record.seed,
+        environment=record.environment,
+        phases=protocol.Phases(quiet=True),
+        cards=tmp_path,
+        figures=False,
+    )
+    assert card == tmp_path / "two" / "README.md" and card.exists()
+    assert not (tmp_path / "two" / "figures").exists()
+    assert (
+        "no figures, not wanted; from the record: python scripts/plot.py" in capsys.readouterr().out
+    )
+
+
 def test_evaluation_card_and_figures_are_made_from_the_record_alone(evaluation, tmp_path, capsys):
     copy = tmp_path / "card" / "results" / "evaluate.json"
     copy.parent.mkdir(parents=True)
@@ -677,7 +696,8 @@ def test_recipes_are_whole(recipe, tmp_path):
     finetune.check_arguments(arguments, training)
     measured.resolve(text.context_tokens)
     layout = layout_argument.read_layout(arguments.layout)
-    assert layout.density(text.context_tokens, is_causal=True) <= 0.25
+    facts = protocol.describe_layout(layout, 30, 9, text.context_tokens)
+    assert facts.density <= 0.25
     given = json.loads(recipe.read_text())
     assert training.learning_rate == given["learning_rate"]
     assert training.max_steps == given["max_steps"]

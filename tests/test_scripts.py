@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from script_inputs import byte_tokenizer, write_model, write_text
 from transformers import AutoModelForCausalLM
 
-from hf_blocksparse import PerLayer, SinkWindow, SlidingWindow, unpatch_model
+from hf_blocksparse import Dense, PerHead, PerLayer, SinkWindow, SlidingWindow, unpatch_model
 from hf_blocksparse.evaluation import perplexity
 from hf_blocksparse.run_record import from_plain, read_record
 
@@ -213,22 +213,29 @@ def test_whole_model_is_measured(model_folder, work, implementation):
 
 
 def test_pooled_layout_is_the_share_of_causal_coefficients_kept():
-    layout, length, pixels = SinkWindow(3, 9), 50, 7
-    shares = plot.pool_layout(layout, length, num_heads=1, pixels=pixels)
-    mask = layout.to_mask(length, is_causal=True)[0]
+    layout, length, cell = PerHead((SinkWindow(3, 29), Dense())), 150, 32
+    shares = plot.pool_layout(layout, length, num_heads=2, max_cells=5)
+    assert shares.shape == (5, 5)
+    mask = layout.to_mask(length, is_causal=True, num_heads=2).float().mean(0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    edges = [length * i // pixels for i in range(pixels + 1)]
-    for row in range(pixels):
-        for column in range(pixels):
-            area = (
-                slice(edges[row], edges[row + 1]),
-                slice(edges[column], edges[column + 1]),
-            )
+    for row in range(5):
+        for column in range(5):
+            area = tuple(slice(at * cell, (at + 1) * cell) for at in (row, column))
             if not causal[area].any():
                 assert shares[row, column].isnan()
                 continue
             expected = mask[area].sum() / causal[area].sum()
             assert shares[row, column].item() == pytest.approx(expected.item())
+
+
+def test_pooled_layers_are_the_mean_of_those_named_and_dense_ones():
+    narrow, half = SinkWindow(3, 29), PerHead((SinkWindow(3, 29), Dense()))
+    layers = PerLayer({0: narrow, 2: half})
+    mean = plot.pool_layers(layers, 150, num_layers=4, num_heads=2)
+    first, dense = (plot.pool_layout(each, 150, num_heads=2) for each in (narrow, Dense()))
+    torch.testing.assert_close(mean, (1.5 * first + 2.5 * dense) / 4, equal_nan=True)
+    only = plot.pool_layers(narrow, 150, num_layers=4, num_heads=2)
+    torch.testing.assert_close(only, first, equal_nan=True)
 
 
 def test_figure_is_drawn_from_the_record(record_path, capsys):
