@@ -433,7 +433,7 @@ def test_other_calls_go_to_the_ordinary_kernels(device, decoded):
 
 
 def test_splits_fill_the_device_and_no_more(monkeypatch):
-    monkeypatch.setattr(decode_sizes, "_processors", lambda device: 132)
+    monkeypatch.setattr(decode_sizes, "processors", lambda device: 132)
     assert decode_sizes.num_splits(8, 66, CPU) == 33
     assert decode_sizes.num_splits(8, 10, CPU) == 10
     assert decode_sizes.num_splits(1, 10_000, CPU) == decode_sizes.MAX_SPLITS

@@ -30,7 +30,7 @@ from hf_blocksparse.ops.triton.column_parts import (
     split_columns,
 )
 from hf_blocksparse.ops.triton.column_parts import known as _known
-from hf_blocksparse.ops.triton.column_parts import multiprocessors as _multiprocessors
+from hf_blocksparse.ops.triton.decode_sizes import processors as _multiprocessors
 from hf_blocksparse.ops.triton.launch import tile_lists
 from hf_blocksparse.ops.triton.tiles import clip_entries, load_list, load_sequence
 from hf_blocksparse.sequences import Q_LEN, Q_POS

@@ -17,7 +17,6 @@ share of one of 132 multiprocessors only where query heads times batch rows are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blocksparse.capture import build_to_keep, check_not_capturing, is_capturing
+from hf_blocksparse.ops.triton.decode_sizes import processors
 from hf_blocksparse.ops.triton.tiles import (
     clip_entries,
     load_list,
@@ -58,13 +58,6 @@ _column_parts: Schedules = WeakKeyDictionary()
 def known(schedules: Schedules, index: BlockIndex, sequences: Sequences) -> dict[Any, Any]:
     """What is kept as long as index and sequences live."""
     return schedules.setdefault(index, WeakKeyDictionary()).setdefault(sequences, {})
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -242,7 +235,7 @@ def column_parts_for(
     case = heads, kv_heads, tile_q, tile_kv
     if case not in kept:
         device = index.bank.device
-        programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+        programs = PROGRAMS_PER_MULTIPROCESSOR * processors(device)
         kept[case] = build_to_keep(
             device, lambda: make_column_parts(index, sequences, lists, *case, programs)
         )

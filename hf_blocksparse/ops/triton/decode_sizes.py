@@ -66,7 +66,7 @@ def decode_sizes(
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -74,5 +74,5 @@ def _processors(device: torch.device) -> int:
 
 def num_splits(num_programs: int, longest_row: int, device: torch.device) -> int:
     """Programs per row where `num_programs` rows are to be computed, the longest of `longest_row` tiles."""
-    wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
     return max(1, min(wanted // num_programs, longest_row, MAX_SPLITS))
