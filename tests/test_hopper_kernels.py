@@ -7,6 +7,7 @@ list is checked on a GPU alone.
 import math
 import random
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from numerics import (
 from hf_blocksparse import BigBird, Dense, Layout, PerHead, SinkWindow, SlidingWindow, TensorLayout
 from hf_blocksparse.block_index import BlockIndex, get_index
 from hf_blocksparse.ops import hopper
+from hf_blocksparse.ops.hopper import work
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.ops.triton import column_parts, launch
 from hf_blocksparse.sequences import Sequences
@@ -373,6 +375,7 @@ def short_parts(request, monkeypatch):
     monkeypatch.setattr(launch, "launch_add_parts", add_parts)
     monkeypatch.setattr(column_parts, "SHORTEST_PART", request.param)
     monkeypatch.setattr(column_parts, "SHORT", 2)
+    monkeypatch.setattr(work, "_column_schedules", WeakKeyDictionary())  # none of longer parts
     return added
 
 

@@ -45,10 +45,10 @@ def test_the_last_head_is_what_it_is_alone(impl, heads_outside_rows):
     alone = results(*(tensor[:, -1:].clone() for tensor in tensors))
     names = ("out", "lse", "grad_query", "grad_key", "grad_value")
     for name, got, expected in zip(names, results(*tensors), alone, strict=True):
-        if name == "grad_query":  # on Hopper a sum in no fixed order
-            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3)
-        else:
+        if name in ("out", "lse"):
             assert torch.equal(got, expected), name
+        else:  # sums in no fixed order, or in one that depends on how many heads share the GPU
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("heads_outside_rows", [True, False], ids=["BHSD", "BSHD"])

@@ -198,6 +198,7 @@ def test_repeated_calls_are_as_the_first(impl, is_padded, recorded_calls, poison
         )  # fmt: skip
         options["sequences"] = sequences
     for heads_outside in (True, False):
+        forget_calls()
         for seed in range(6):
             tensors = draw(seed, heads_outside=heads_outside)
             grad_out = torch.randn_like(tensors[0])
@@ -299,4 +300,5 @@ def test_launch_hooks_hear_of_recorded_calls(recorded_calls):
         block_sparse_attention(*tensors, layout, is_causal=True)
     finally:
         knobs.runtime.launch_enter_hook.remove(note)
-    assert heard == ["forward_kernel"]
+    (name,) = heard
+    assert name.endswith("forward_kernel")  # of tiles of 128 or 64
