@@ -4,7 +4,7 @@
 
 `--attention theirs` changes nothing and writes the same record, to compare with. Models that do not support "sdpa" take ours as their
 default. Layers in which a layout has no meaning (cross-attention) keep transformers' own, as `patch_model` keeps them; all others compute
-with `impl="torch"`, as with "auto" a dense layout would be handed over to the attention that this is to be compared with.
+with `--impl torch`, as with "auto" a dense layout would be handed over to the attention that this is to be compared with.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
     group.addoption("--attention", choices=("ours", "theirs"), required=True)
     group.addoption("--outcomes", type=Path, required=True, help="JSON to write")
+    group.addoption("--impl", choices=("torch", "auto"), default="torch")
     group.addoption("--seconds-per-test", type=int, default=150)
 
 
@@ -54,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     global _outcomes
     _outcomes = _Outcomes(config.getoption("--outcomes"))
     if config.getoption("--attention") == "ours":
-        install(_outcomes)
+        install(_outcomes, config.getoption("--impl"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,7 +91,7 @@ def pytest_sessionfinish() -> None:
     _outcomes.write()
 
 
-def install(outcomes: _Outcomes) -> None:
+def install(outcomes: _Outcomes, impl: Any) -> None:
     """Give the name "sdpa" to our attention and mask functions, and a dense layout to every attention module."""
     import torch
     from transformers.masking_utils import AttentionMaskInterface
@@ -111,7 +112,7 @@ def install(outcomes: _Outcomes) -> None:
 
     def give_layout(path: str, module: torch.nn.Module) -> None:
         layout = None if is_cross_attention(path, module) else Dense()
-        attach(module, LayerAttention(path, layout, THEIRS, impl="torch"))
+        attach(module, LayerAttention(path, layout, THEIRS, impl=impl))
         stop_watching(module)  # some tests call models whose attention they replaced
 
     def attend_eagerly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

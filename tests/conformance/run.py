@@ -49,6 +49,8 @@ SUITE_FAMILIES = (
     "llama qwen2 qwen3 qwen3_next mistral mixtral gemma2 gemma3 phi3 gpt2 gpt_neox olmo olmo2 cohere2 gpt_oss smollm3 deepseek_v2 "
     "deepseek_v3 bert roberta modernbert t5 vit whisper llava"
 ).split()
+# Their attention has what ours does not compute, and dense layers are handed over to it.
+HANDED_OVER = ("t5",)
 # These start processes of their own, which do not know the plugin.
 DESELECTED = "not fsdp2 and not tensor_parallel and not tp_"
 
@@ -106,7 +108,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _pytest(args: argparse.Namespace, attention: str, tests: Sequence[str], outcomes: Path) -> bool:
+def _pytest(
+    args: argparse.Namespace, attention: str, family: str, tests: Sequence[str], outcomes: Path
+) -> bool:
     """Run tests of transformers in a process of their own; whether they came to an end within the time."""
     listed = outcomes.with_suffix(".args")
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +133,8 @@ def _pytest(args: argparse.Namespace, attention: str, tests: Sequence[str], outc
         attention,
         "--outcomes",
         str(outcomes.resolve()),
+        "--impl",
+        "auto" if family in HANDED_OVER else "torch",
     ]
     command += ["-k", DESELECTED, f"@{listed.resolve()}"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -159,13 +165,13 @@ def run_family(args: argparse.Namespace, family: str) -> dict[str, Any] | None:
         args.outcomes / f"{family}.{attention}.json" for attention in ("ours", "theirs")
     )
     started = time.perf_counter()
-    if not ours.exists() and not _pytest(args, "ours", [_test_file(family)], ours):
+    if not ours.exists() and not _pytest(args, "ours", family, [_test_file(family)], ours):
         print(f"{family}: no outcomes, see {ours.with_suffix('.log')}", flush=True)
         return None
     again = [
         test for test, made in json.loads(ours.read_text()).items() if made["outcome"] != "passed"
     ]
-    if not theirs.exists() and not _pytest(args, "theirs", again, theirs):
+    if not theirs.exists() and not _pytest(args, "theirs", family, again, theirs):
         print(f"{family}: no outcomes, see {theirs.with_suffix('.log')}", flush=True)
         return None
     summary = summarise(args.outcomes, family)
@@ -183,7 +189,7 @@ def run_again(args: argparse.Namespace, family: str, known: dict[str, Any]) -> d
     outcomes = args.outcomes / f"{family}.again.json"
     outcomes.unlink(missing_ok=True)
     if not tests or not _pytest(
-        args, "ours", [f"{_test_file(family)}::{test}" for test in tests], outcomes
+        args, "ours", family, [f"{_test_file(family)}::{test}" for test in tests], outcomes
     ):
         print(f"{family}: {len(tests)} tests, nothing changed", flush=True)
         return known
