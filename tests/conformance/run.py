@@ -335,11 +335,11 @@ def make_table(suite: RunRecord, matrix: RunRecord, sweep: RunRecord) -> str:
         "",
         "## transformers' own tests",
         "",
-        f'{_versions(suite)}, CPU, tests of {suite.arguments["tests_from"]}. Our attention (a dense layout, `impl="torch"`) stands in the '
+        f"{_versions(suite)}, CPU, tests of {suite.arguments['tests_from']}. Our attention (a dense layout, `impl=torch`) stands in the "
         "place of `sdpa` (as the default where a model does not support `sdpa`); a test counts as theirs alone if it passes with "
-        f'transformers\' attention and not with ours. With `impl="auto"`, as users have it: {", ".join(HANDED_OVER)}, whose position bias '
-        "exists in transformers' own attention alone, to which dense layers are handed over. Left out: tests that start processes of their own (FSDP, tensor parallelism), those "
-        "marked slow, and those that need a GPU or a hub.",
+        f"transformers' attention and not with ours. With `impl=auto`, as users have it: {', '.join(HANDED_OVER)}, whose position bias "
+        "exists in transformers' own attention alone, to which dense layers are handed over. Left out: tests that start processes of "
+        "their own (FSDP, tensor parallelism), those marked slow, and those that need a GPU or a hub.",
         "",
         "| family | passed with ours | of them through our attention | failed with both | passed with theirs alone | reasons |",
         "|---|---|---|---|---|---|",
