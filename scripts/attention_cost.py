@@ -141,12 +141,15 @@ def whole_model(
     dtype: torch.dtype,
     repetitions: int,
     warmup: int,
+    weights: torch.dtype = torch.float32,
 ) -> Cost:
     """Score windows ("forward"), or one training step without its optimizer, with the gradient
     checkpointing of the fine-tuning ("forward and backward").
 
     Args:
         implementation: one of `IMPLEMENTATIONS`, or "block_sparse" with `layout`.
+        dtype: what is computed in, by autocast where the weights are float32.
+        weights: dtype of the weights.
     """
     if implementation == NONE:
         implementation = no_attention.__name__
@@ -155,16 +158,19 @@ def whole_model(
     model = load_model(
         path, device, attn_implementation="sdpa" if layout is not None else implementation
     )
+    model.to(weights)
     if layout is not None:
         patch_model(model, layout_from_dict(layout))
+    # Nothing is cast where the weights have the dtype already.
+    autocast_dtype = dtype if weights == torch.float32 else torch.float32
     windows = torch.tensor(tokens, device=device)
 
     def score() -> None:
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(device, autocast_dtype):
             next_token_losses(model, windows, first_target=first_target)
 
     def step() -> None:
-        with autocast(device, dtype):
+        with autocast(device, autocast_dtype):
             loss = next_token_losses(model, windows).mean()
         loss.backward()
         model.zero_grad(set_to_none=True)

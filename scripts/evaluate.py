@@ -174,8 +174,9 @@ def publish(
     phases: Phases,
     cards: Path,
     figures: bool,
+    with_card: bool = True,
 ) -> Path:
-    """Write record, figures (if wanted) and card; print the tables. Returns the card's path."""
+    """Write the record, and with a card figures (if wanted) and tables on the screen, too. Returns the path of card or record."""
     record = cards / results.name / "results" / f"{Path(script).stem}.json"
     write_record(
         RunRecord(
@@ -189,6 +190,8 @@ def publish(
         ),
         record,
     )
+    if not with_card:
+        return record
     missing = None if figures else "not wanted"
     if figures and importlib.util.find_spec("matplotlib") is None:
         missing = "matplotlib is not installed"
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-        def publish_with(costs: Sequence[LengthCost]) -> None:
+        def publish_with(costs: Sequence[LengthCost], *, with_card: bool) -> None:
             publish(
                 EvaluationResults(
                     name=name,
@@ -272,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     attentions=tuple(facts for facts, _ in attentions.values()),
                     qualities=tuple(measurements.rows),
                     costs=tuple(costs),
+                    cost_weights=protocol.cost_weights,
                     trainings=(),
                 ),
                 script=__file__,
@@ -288,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 phases=phases,
                 cards=Path(arguments.cards),
                 figures=arguments.figures,
+                with_card=with_card,
             )
 
         publish_around_costs(

@@ -336,7 +336,7 @@ def _explain_costs(results: EvaluationResults) -> str:
         {cost.row.cost.memory_kind for cost in results.costs if cost.row.cost is not None}
     )
     sentences = [
-        f"The whole model, {', '.join(works)}; a step with gradient checkpointing and without the "
+        f"The whole model, {', '.join(works)}, with {results.cost_weights} weights; a step with gradient checkpointing and without the "
         "optimizer. Each row was measured in a process of its own.",
         f"Peak memory, weights included: {', '.join(kinds) or 'not measured'}.",
         "Baselines: `sdpa` is `torch.nn.functional.scaled_dot_product_attention` as transformers calls it "

@@ -742,7 +742,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-        def publish_with(costs: Sequence[LengthCost]) -> None:
+        def publish_with(costs: Sequence[LengthCost], *, with_card: bool) -> None:
             publish(
                 EvaluationResults(
                     name=name,
@@ -753,6 +753,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     attentions=tuple(facts for facts, _ in attentions.values()),
                     qualities=tuple(measurements.rows),
                     costs=tuple(costs),
+                    cost_weights=protocol.cost_weights,
                     trainings=tuple(runs),
                 ),
                 script=__file__,
@@ -772,6 +773,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 phases=phases,
                 cards=Path(arguments.cards),
                 figures=arguments.figures,
+                with_card=with_card,
             )
 
         publish_around_costs(

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from attention_cost import (
@@ -156,6 +156,13 @@ class ProtocolArguments:
     cost_work: str = field(
         default=FORWARD_AND_BACKWARD,
         metadata={"help": "what costs are of", "choices": [FORWARD, FORWARD_AND_BACKWARD]},
+    )
+    cost_weights: str = field(
+        default="float32",
+        metadata={
+            "help": "dtype of the weights where costs are measured: float32 with autocast, as trained, or bfloat16",
+            "choices": ["float32", "bfloat16"],
+        },
     )
     cost_repetitions: int = field(default=3, metadata={"help": "timed calls; 0: no costs"})
 
@@ -477,8 +484,14 @@ class Measurements:
         return measured
 
 
+class Publish(Protocol):
+    """Writes the record of all that was measured, with these costs, and figures and card if wanted."""
+
+    def __call__(self, costs: Sequence[LengthCost], *, with_card: bool) -> None: ...
+
+
 def publish_around_costs(
-    publish: Callable[[Sequence[LengthCost]], None],
+    publish: Publish,
     phases: Phases,
     arguments: ProtocolArguments,
     path: str,
@@ -488,12 +501,17 @@ def publish_around_costs(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Publishes what was measured before the costs, whose processes may take long, and all of it after them."""
-    publish(())
+    """Publishes what was measured before the costs, whose processes may take long, then each of them, and all of it after them."""
+    publish((), with_card=True)
     if arguments.cost_repetitions:
+        costs = []
         with phases("measure time and memory"):
-            costs = measure_costs(arguments, path, attentions, held_out, device=device, dtype=dtype)
-        publish(costs)
+            for cost in measure_costs(
+                arguments, path, attentions, held_out, device=device, dtype=dtype
+            ):
+                costs.append(cost)
+                publish(costs, with_card=False)
+        publish(costs, with_card=True)
 
 
 def measure_costs(
@@ -504,7 +522,7 @@ def measure_costs(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[LengthCost]:
+) -> Iterator[LengthCost]:
     """Time and memory of the whole model at every length, each in a process of its own."""
     assert arguments.cost_tokens is not None and arguments.score_tokens is not None
     jobs: list[tuple[str, Layout | None]] = []
@@ -519,7 +537,6 @@ def measure_costs(
         else:
             jobs.append((wanted, None))
     text = held_out.tokens.flatten()
-    rows = []
     bar = tqdm(
         [(tokens, job) for tokens in arguments.cost_tokens for job in jobs],
         desc="  costs",
@@ -541,9 +558,9 @@ def measure_costs(
             dtype=dtype,
             repetitions=arguments.cost_repetitions,
             warmup=1,
+            weights=getattr(torch, arguments.cost_weights),
         )
         row = cost_row(name, WHOLE_MODEL, arguments.cost_work, measure)
-        rows.append(LengthCost(tokens, row))
         found = row.failure or (row.cost and f"{row.cost.median_seconds:.3f} s")
         bar.write(f"  {tokens:,} tokens, {name}: {found}")
-    return rows
+        yield LengthCost(tokens, row)

@@ -263,6 +263,57 @@ def test_layouts_of_one_name_are_told_apart(model_folder):
     assert len(found) == 6
 
 
+def test_costs_are_on_record_as_soon_as_they_are_measured(evaluation, monkeypatch):
+    """A run that is ended while a cost is measured keeps those before it."""
+    costs = results_of(evaluation).costs
+    published = []
+
+    def measured(*arguments, **options):
+        yield costs[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocol, "measure_costs", measured)
+    with pytest.raises(KeyboardInterrupt):
+        protocol.publish_around_costs(
+            lambda costs, *, with_card: published.append((tuple(costs), with_card)),
+            protocol.Phases(quiet=True),
+            protocol.ProtocolArguments(),
+            "",
+            {},
+            None,
+            device=CPU,
+            dtype=torch.float32,
+        )
+    assert published == [((), True), (costs[:1], False)]
+
+
+def test_costs_are_those_of_the_weights_asked_for(model_folder, monkeypatch):
+    seen = []
+
+    def cost_of(function, **options):
+        function()
+        model = function.__closure__[function.__code__.co_freevars.index("model")].cell_contents
+        seen.append({parameter.dtype for parameter in model.parameters()})
+        return "measured"
+
+    monkeypatch.setattr(attention_cost, "measure_cost", cost_of)
+    for weights in (torch.float32, torch.bfloat16):
+        attention_cost.whole_model(
+            "sdpa",
+            None,
+            path=str(model_folder),
+            tokens=[list(range(64))],
+            work=attention_cost.FORWARD_AND_BACKWARD,
+            first_target=1,
+            device=CPU,
+            dtype=torch.bfloat16,
+            repetitions=1,
+            warmup=0,
+            weights=weights,
+        )
+    assert seen == [{torch.float32}, {torch.bfloat16}]
+
+
 def test_without_attention_no_token_reads_another(model_folder):
     cost = attention_cost.whole_model(
         "none",
