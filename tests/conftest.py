@@ -17,6 +17,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+# These have few tests and compile for minutes: first, so that no process waits for them at the end.
+COMPILING = ("test_triton_compile.py", "test_hopper_compile.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in COMPILING)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def exact_products():
     """The interpreter's products are numpy's, whose last bits depend on the processor's BLAS; here they are rounded once, from float64.
