@@ -220,7 +220,7 @@ def render_evaluation(record: RunRecord, record_path: str) -> str:
         parts += [
             "## Time and memory",
             cost_table(results),
-            _explain_costs(results),
+            _explain_costs(record, results),
             "![time and memory against length](figures/cost_by_length.png)",
         ]
     if results.trainings:
@@ -330,13 +330,14 @@ def _explain_probes(results: EvaluationResults) -> str:
     return "\n".join(sentences)
 
 
-def _explain_costs(results: EvaluationResults) -> str:
+def _explain_costs(record: RunRecord, results: EvaluationResults) -> str:
     works = sorted({cost.row.work for cost in results.costs})
+    weights = record.arguments.get("cost_weights", "float32")
     kinds = sorted(
         {cost.row.cost.memory_kind for cost in results.costs if cost.row.cost is not None}
     )
     sentences = [
-        f"The whole model, {', '.join(works)}, with {results.cost_weights} weights; a step with gradient checkpointing and without the "
+        f"The whole model, {', '.join(works)}, with {weights} weights; a step with gradient checkpointing and without the "
         "optimizer. Each row was measured in a process of its own.",
         f"Peak memory, weights included: {', '.join(kinds) or 'not measured'}.",
         "Baselines: `sdpa` is `torch.nn.functional.scaled_dot_product_attention` as transformers calls it "

@@ -20,7 +20,7 @@ def save(figure: Any, path: Path) -> None:
 
 def draw_perplexity(results: EvaluationResults, path: Path) -> None:
     """Perplexity by position, of every row that read whole windows; a point stands at its bucket's end."""
-    figure = new_figure(7.2, 4.4)
+    figure = new_figure(7.2, 5.4)
     axes = figure.add_subplot()
     for row in results.qualities:
         if row.read_tokens < results.context_tokens:
@@ -35,7 +35,10 @@ def draw_perplexity(results: EvaluationResults, path: Path) -> None:
             linestyle={DENSE: "--", SAME_BUDGET: ":"}.get(role, "-"),
         )
     axes.set(xlabel="position in the window, tokens", ylabel="perplexity", yscale="log")
-    axes.legend(fontsize=7)
+    for numbered in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        numbered("{x:g}")
+    # Below the axes, where it hides no curve.
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     save(figure, path)
 
 

@@ -107,7 +107,6 @@ class EvaluationResults:
         attentions: everything measured, dense first.
         qualities, costs: what was measured.
         trainings: empty for `evaluate.py`.
-        cost_weights: dtype of the weights whose costs were measured; float32 with autocast, as trained.
     """
 
     name: str
@@ -119,7 +118,6 @@ class EvaluationResults:
     qualities: tuple[QualityRow, ...]
     costs: tuple[LengthCost, ...]
     trainings: tuple[TrainingRun, ...]
-    cost_weights: str = "float32"
 
     def attention(self, name: str) -> AttentionFacts:
         return next(attention for attention in self.attentions if attention.name == name)

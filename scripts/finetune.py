@@ -753,7 +753,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     attentions=tuple(facts for facts, _ in attentions.values()),
                     qualities=tuple(measurements.rows),
                     costs=tuple(costs),
-                    cost_weights=protocol.cost_weights,
                     trainings=tuple(runs),
                 ),
                 script=__file__,
