@@ -105,43 +105,34 @@ def versions(environment: Environment) -> str:
     return f"torch {packages['torch']}{triton}"
 
 
-def read_main_job(name: str) -> tuple[RunRecord, SparsifyResults, str]:
+def machine(environment: Environment) -> str:
+    """Device and versions, as a sentence begins."""
+    named = f"{device_of(environment)}, {versions(environment)}"
+    return named[0].upper() + named[1:]
+
+
+def main_job(name: str, meaning: str) -> str:
     path = f"model_cards/{name}/results/sparsify.json"
     record = read_record(ROOT / path)
-    return record, from_plain(SparsifyResults, record.results), path
-
-
-def main_job_setting(name: str, link: str) -> str:
-    """What was run on what; `link` leads from the page to the root of the repository."""
-    record, results, path = read_main_job(name)
+    results = from_plain(SparsifyResults, record.results)
     environment = record.environment
     option = "" if environment.device == "cpu" else " --device cuda"
     windows = results.qualities[0].perplexity.num_windows
     seconds = sum(record.timings_seconds.values())
-    return f"""
-        {device_of(environment)}, {versions(environment)}, {seconds:.0f} s in all: {results.model.base_model.split("/")[-1]}, the last
+    setting = paragraph(f"""
+        {machine(environment)}, {seconds:.0f} s in all: {results.model.base_model.split("/")[-1]}, the last
         {results.scored_tokens:,} tokens of {windows} held-out windows of {results.context_tokens:,} tokens of Python source,
         `{results.layout.description}`, which keeps {results.layout.density:.1%} of the causal coefficients.
-        `python scripts/sparsify.py{option}`, [card]({link}model_cards/{name}/README.md), [record]({link}{path}):
-    """
-
-
-def main_job(name: str, meaning: str) -> str:
-    _, results, _ = read_main_job(name)
-    setting = paragraph(main_job_setting(name, "../"))
-    setting = setting[0].upper() + setting[1:]
+        `python scripts/sparsify.py{option}`, [card](../model_cards/{name}/README.md), [record](../{path}):
+    """)
     return f"{setting}\n\n{quality_table(results)}\n\n{paragraph(meaning)}\n\n{cost_table(results)}"
-
-
-def read_evaluation(name: str) -> tuple[RunRecord, EvaluationResults, str]:
-    path = f"model_cards/{name}/results/finetune.json"
-    record = read_record(ROOT / path)
-    return record, from_plain(EvaluationResults, record.results), path
 
 
 def trained(name: str, meaning: str) -> str:
     """What a fine-tuning at a long context came to."""
-    record, results, path = read_evaluation(name)
+    path = f"model_cards/{name}/results/finetune.json"
+    record = read_record(ROOT / path)
+    results = from_plain(EvaluationResults, record.results)
     layout = next(each for each in results.attentions if each.role == LAYOUT)
     rates = {run.attention: statistics.median(run.tokens_per_second) for run in results.trainings}
     assert layout.facts is not None
@@ -150,7 +141,7 @@ def trained(name: str, meaning: str) -> str:
         extended with YaRN, with `{layout.facts.description}`, fine-tuned for {results.trainings[0].num_steps} steps beside dense attention
         and a plain window of the same budget; the last {results.scored_tokens:,} tokens of {results.qualities[0].perplexity.num_windows}
         held-out windows of source code. Training ran at {rates[layout.name]:,.0f} tokens a second, {rates[DENSE]:,.0f} with dense
-        attention (SDPA). {device_of(record.environment)}, {versions(record.environment)}, [card](model_cards/{name}/README.md),
+        attention (SDPA). {machine(record.environment)}, [card](model_cards/{name}/README.md),
         [record]({path}):
     """)
     return f"{setting}\n\n{evaluation_card.quality_table(results)}\n\n{paragraph(meaning)}"
@@ -236,7 +227,7 @@ def gpu_attention() -> str:
     beside_peers = [case for case in cases if row_of(case, "ours_portable", "forward")]
     alone = [case for case in cases if case not in beside_peers]
     setting = paragraph(f"""
-        {device_of(record.environment)}, {versions(record.environment)}; B batch, H query/key heads, S tokens,
+        {machine(record.environment)}; B batch, H query/key heads, S tokens,
         D head size, b block size. Useful TFLOP/s: 4 D operations per kept coefficient, the backward 2.5 times, so dense attention (cuDNN
         through SDPA) is credited with what the layout keeps. `ours` takes the kernels for Hopper where they apply, `ours_portable` are
         those for any GPU; `fa4` is FlashAttention-4's block-sparse attention, `flex` compiled FlexAttention. Before it is timed, each is
@@ -255,7 +246,7 @@ def gpu_cases(name: str, options: str, meaning: str) -> str:
     path = f"docs/results/{name}.json"
     record = read_record(ROOT / path)
     setting = paragraph(f"""
-        {meaning.strip()} {device_of(record.environment)}, {versions(record.environment)}. `python scripts/benchmark.py {options}`,
+        {meaning.strip()} {machine(record.environment)}. `python scripts/benchmark.py {options}`,
         [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(case_table(grid_results(record).cases))}"
@@ -268,7 +259,7 @@ def patching() -> str:
     arguments = record.arguments
     setting = paragraph(f"""
         A forward of the SmolLM2-135M architecture at {arguments["length_tokens"]:,} tokens, where a layout has nothing to save: a dense
-        layout is handed over to the model's own attention. {device_of(record.environment)}, {versions(record.environment)}.
+        layout is handed over to the model's own attention. {machine(record.environment)}.
         `python scripts/patching_overhead.py --device cuda`, [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(patching_overhead.table(results))}"
@@ -278,7 +269,7 @@ def gpu_decoding() -> str:
     path = "docs/results/gpu_benchmark_decode.json"
     record = read_record(ROOT / path)
     setting = paragraph(f"""
-        {device_of(record.environment)}, {versions(record.environment)}: one query (Q1) against a cache of S
+        {machine(record.environment)}: one query (Q1) against a cache of S
         tokens, replayed from a CUDA graph, with keys and values out of the L2 cache; SDPA reads the whole cache. `launch us` is what the
         CPU needs to issue one call without a graph. `python scripts/benchmark.py --grid decode`, [record](../{path}):
     """)
@@ -288,7 +279,7 @@ def gpu_decoding() -> str:
 def cpu_attention() -> str:
     record, results, path = read_benchmark("cpu_benchmark")
     setting = paragraph(f"""
-        {device_of(record.environment)}, {versions(record.environment)}, float32, batch 1, 8 heads of 64, 8,192 tokens, a causal window that
+        {machine(record.environment)}, float32, batch 1, 8 heads of 64, 8,192 tokens, a causal window that
         keeps 10 % of the triangle, beside dense causal SDPA. `python scripts/benchmark.py --device cpu`, [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(benchmark.table(results.measurements))}"

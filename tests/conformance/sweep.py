@@ -136,9 +136,8 @@ def examine(kind: str, config_class: type, model_class: type[PreTrainedModel]) -
                 before = logits(model)
             except NotBuiltError as error:
                 failure = str(error)
-            except (
-                Exception
-            ) as error:  # of transformers, whatever it is: the model does not run without us either
+            # Whatever it is: the model does not run before it is patched either.
+            except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
             else:
                 return judge(model, kind == "causal", before)
