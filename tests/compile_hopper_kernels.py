@@ -249,6 +249,24 @@ def ptxas_report(ptx: str) -> tuple[list[str], int]:
     return serialized, sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
 
 
+def arrivals(ptx: str) -> tuple[int, int]:
+    """Arrivals at barriers in shared memory, and those of them without a barrier of the arriving thread's own warps right before.
+
+    One thread arrives for all, and what the others have written must be ordered before it. Arrivals that announce bytes say nothing of
+    writes.
+    """
+    is_ordered, number, unordered = False, 0, 0
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "bar.warp.sync" in line:
+            is_ordered = True
+        elif "st.shared" in line or line.startswith("$"):
+            is_ordered = False
+        elif "mbarrier.arrive.shared" in line:
+            number += 1
+            unordered += not is_ordered
+    return number, unordered
+
+
 def spills_in_full_loops(sass: str) -> list[int]:
     """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products or more."""
     code: list[str] = []
@@ -288,6 +306,7 @@ def main() -> None:
             "dtype": str(dtype),
             "shared": compiled.metadata.shared,
             "serialized": serialized,
+            "arrivals": arrivals(compiled.asm["ptx"]),
             "spilled_bytes": spilled,
             "spills_in_full_loops": spills_in_full_loops(disassemble(compiled.asm["cubin"])),
         }

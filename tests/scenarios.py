@@ -227,6 +227,12 @@ def check(
         for _ in range(OTHER_ORDERS):
             rows, cols = (torch.randperm(size, generator=generator) for size in mask.shape[2:])
             torchs.append(inputs.results(theirs(other, rows.to(device), cols.to(device))))
-    found = deviations(got, exact, torchs, has_dropout=scenario.dropout_p > 0)
+    found = deviations(
+        got,
+        exact,
+        torchs,
+        has_dropout=scenario.dropout_p > 0,
+        cancelling=inputs.largest_score_term(scenario.scale),
+    )
     assert_within_bounds(found)
     return found

@@ -45,6 +45,13 @@ def test_a_program_fits_into_shared_memory(records):
             assert of_two <= SHARED_MEMORY_BYTES["sm_90"] + RESERVED_BYTES, record
 
 
+def test_writes_are_ordered_before_the_arrival_that_announces_them(records):
+    """compute-sanitizer's racecheck cannot judge this (`test_sanitizer.py`)."""
+    for record in records:
+        number, unordered = record["arrivals"]
+        assert number > 0 == unordered, record
+
+
 def test_products_run_asynchronously(records):
     """ptxas says C7512 or C7514 where it waits for every product of tensor cores by itself."""
     for record in records:
