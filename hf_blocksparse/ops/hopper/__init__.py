@@ -305,7 +305,7 @@ def backward(
         differ from call to call, but for layouts that take tiles of 64 and where torch's deterministic algorithms are on.
     """
     from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
-    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
+    from hf_blocksparse.ops.hopper.query_sums import store_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
     from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
     from hf_blocksparse.ops.triton.tiles import StridedRows
@@ -338,8 +338,6 @@ def backward(
             schedule = column_schedule_for(index, sequences, heads, kv_heads)
             split = schedule.split
             constants = backward_constants(head_dim, split is not None)
-            log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-            deltas = torch.empty_like(log2_sums)
             sums = query.new_empty(
                 schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
             )
@@ -347,33 +345,8 @@ def backward(
             if split is not None:
                 rows = split.num_slots, TILE, dim
                 key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
-            items = sequences.q_items(TILE)
-            grid = (items.shape[0], heads, 1)
-            log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
-                StridedRows(tensor, tensor.stride()[:3])
-                for tensor in (log2_sums, deltas, out, grad_out, lse)
-            )
-            grad_lse_rows = StridedRows(None, (0, 0, 0))
-            if grad_lse is not None:
-                grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
-            dims = dict(HEAD_DIM=head_dim, DIM=dim)
-            launch(
-                prepare_kernel,
-                grid,
-                (
-                    out_rows,
-                    grad_out_rows,
-                    lse_rows,
-                    grad_lse_rows,
-                    log2_sum_rows,
-                    delta_rows,
-                    sums,
-                    items,
-                    sequences.table,
-                    schedule.first_slots,
-                ),
-                dims,
-                dict(num_warps=8),
+            log2_sums, deltas = _prepare_rows(
+                out, grad_out, lse, grad_lse, sequences, sums, schedule.first_slots
             )
             launch(
                 backward_kernel,
@@ -412,9 +385,10 @@ def backward(
             )
             if split is not None:
                 launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
+            items = sequences.q_items(TILE)
             launch(
                 store_kernel,
-                grid,
+                (items.shape[0], heads, 1),
                 (
                     sums,
                     StridedRows(grad_query, grad_query.stride()[:3]),
@@ -423,13 +397,63 @@ def backward(
                     schedule.first_slots,
                     scale,
                 ),
-                dims,
+                dict(HEAD_DIM=head_dim, DIM=dim),
                 dict(num_warps=4),
             )
     grad_query, grad_key, grad_value = (
         grad if flag else None for grad, flag in zip(grads, needed, strict=False)
     )
     return grad_query, grad_key, grad_value
+
+
+def _prepare_rows(
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    sequences: Sequences,
+    sums: Tensor | None = None,
+    first_slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Row terms of the backward kernels: log-sum-exps in base 2 and deltas, float32 [batch, query_heads, query_len].
+
+    Args:
+        sums: where dQ is added up, from slot `first_slots[sequence]` on; zeroed here. None for the two passes.
+    """
+    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
+    from hf_blocksparse.ops.triton.launch import launch
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    heads, head_dim = out.shape[1], out.shape[3]
+    log2_sums = out.new_empty(out.shape[:3], dtype=torch.float32)
+    deltas = torch.empty_like(log2_sums)
+    items = sequences.q_items(TILE)
+    log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
+        StridedRows(tensor, tensor.stride()[:3])
+        for tensor in (log2_sums, deltas, out, grad_out, lse)
+    )
+    grad_lse_rows = StridedRows(None, (0, 0, 0))
+    if grad_lse is not None:
+        grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
+    launch(
+        prepare_kernel,
+        (items.shape[0], heads, 1),
+        (
+            out_rows,
+            grad_out_rows,
+            lse_rows,
+            grad_lse_rows,
+            log2_sum_rows,
+            delta_rows,
+            sums,
+            items,
+            sequences.table,
+            first_slots,
+        ),
+        dict(HEAD_DIM=head_dim, DIM=_padded(head_dim)),
+        dict(num_warps=8),
+    )
+    return log2_sums, deltas
 
 
 def _run_two_passes(
@@ -451,44 +475,15 @@ def _run_two_passes(
     """Writes the gradients that `needed` names, of the rows that the sequences own."""
     from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
     from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
-    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
     from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
-    from hf_blocksparse.ops.triton.tiles import StridedRows
 
     batch, heads, query_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     dim = _padded(head_dim)
     counts = (heads, heads // kv_heads, query_len, kv_len)
     with current_device(query.device):
-        log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-        deltas = torch.empty_like(log2_sums)
-        items = sequences.q_items(TILE)
-        log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
-            StridedRows(tensor, tensor.stride()[:3])
-            for tensor in (log2_sums, deltas, out, grad_out, lse)
-        )
-        grad_lse_rows = StridedRows(None, (0, 0, 0))
-        if grad_lse is not None:
-            grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
-        launch(
-            prepare_kernel,
-            (items.shape[0], heads, 1),
-            (
-                out_rows,
-                grad_out_rows,
-                lse_rows,
-                grad_lse_rows,
-                log2_sum_rows,
-                delta_rows,
-                None,
-                items,
-                sequences.table,
-                None,
-            ),
-            dict(HEAD_DIM=head_dim, DIM=dim),
-            dict(num_warps=8),
-        )
+        log2_sums, deltas = _prepare_rows(out, grad_out, lse, grad_lse, sequences)
         inputs = (
             _descriptor(query, SMALL_TILE),
             _descriptor(key, SMALL_TILE),
