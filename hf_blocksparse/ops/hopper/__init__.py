@@ -312,7 +312,7 @@ def backward(
 
     if not any(needed[:3]):
         return None, None, None
-    batch, heads, query_len, head_dim = query.shape
+    heads, query_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
     sequences = problem.sequences
     index = _index_of_backward(problem)
@@ -478,7 +478,7 @@ def _run_two_passes(
     from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
     from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
 
-    batch, heads, query_len, head_dim = query.shape
+    heads, query_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
     dim = _padded(head_dim)
     counts = (heads, heads // kv_heads, query_len, kv_len)
