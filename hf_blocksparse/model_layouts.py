@@ -84,6 +84,7 @@ def config_around(model: nn.Module, path: str) -> Any:
 
 
 def state_of(module: nn.Module) -> LayerAttention | None:
+    """What `attach` left on an attention module; None where nothing is attached."""
     return module.__dict__.get(STATE_ATTRIBUTE)
 
 
@@ -230,6 +231,7 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
 
 
 def section_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The layouts' section of a configuration; None without one. Not of a configuration around it."""
     return config.__dict__.get(SECTION)
 
 
@@ -301,6 +303,7 @@ def check_reachable(model: nn.Module) -> None:
 
 
 def is_cross_attention(path: str, module: nn.Module) -> bool:
+    """Whether the module says so, or its path or class is named so: families have no common mark."""
     last_names = ".".join(path.split(".")[-2:])
     return bool(getattr(module, "is_cross_attention", False)) or bool(
         _CROSS_ATTENTION_PATH.search(last_names) or "CrossAttention" in type(module).__name__
@@ -318,6 +321,7 @@ def layer_layout(path: str, layout: Layout) -> Layout:
 
 
 def num_query_heads(module: nn.Module) -> int | None:
+    """The query heads of an attention module, under the names that families give them; None where none is known."""
     config = getattr(module, "config", None)
     for owner, name in (
         (module, "num_heads"),
@@ -511,6 +515,7 @@ class ConfigOwner:
     paths: list[str]  # relative to `model`
 
     def full_path(self, path: str) -> str:
+        """The path from the whole model of a module at `path` under this configuration."""
         return f"{self.prefix}.{path}" if self.prefix else path
 
 
@@ -551,6 +556,7 @@ def attach(module: nn.Module, state: LayerAttention) -> None:
 
 
 def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
     module.__dict__.pop(STATE_ATTRIBUTE, None)
     stop_watching(module)
 

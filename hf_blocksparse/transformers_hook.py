@@ -516,6 +516,7 @@ def _read_again(config: Any) -> dict[str, Any] | None:
 
 
 def state_missing(model: nn.Module) -> bool:
+    """Whether no module of `model` has a layout attached."""
     return not any(state_of(module) for module in model.modules())
 
 

@@ -45,6 +45,7 @@ def _name_of(kind: type) -> str:
 
 
 def is_replaced(module: nn.Module) -> bool:
+    """Whether `module` is of a replacement's class."""
     return type(module).__module__.startswith(f"{__name__}.")
 
 

@@ -565,6 +565,7 @@ def descriptor_of(
 def descriptor_strides(
     backend: str, capability: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...] | None:
+    """Strides, in elements, for a tensor descriptor; None where the device has no TMA, or it cannot address such a tensor."""
     if backend == "hip" or (backend == "cuda" and capability < 90):
         return None
     granule = 16 // itemsize
