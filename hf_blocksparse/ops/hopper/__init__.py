@@ -304,19 +304,11 @@ def backward(
         What `needed` names, each in its input's dtype and order of axes in memory, None elsewhere. The last bits of the gradient of query
         differ from call to call, but for layouts that take tiles of 64 and where torch's deterministic algorithms are on.
     """
-    from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
-    from hf_blocksparse.ops.hopper.query_sums import store_kernel
-    from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
-    from hf_blocksparse.ops.triton.tiles import StridedRows
-
     if not any(needed[:3]):
         return None, None, None
-    heads, query_len, head_dim = query.shape[1:]
-    kv_heads, kv_len = key.shape[1:3]
     sequences = problem.sequences
     index = _index_of_backward(problem)
-    grads = [empty_rows_like(tensor, head_dim) for tensor in (query, key, value)]
+    grads = [empty_rows_like(tensor, query.shape[3]) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
         grad_query.zero_()
@@ -333,73 +325,10 @@ def backward(
             grad_query, grad_key, grad_value,
         )  # fmt: skip
     elif index.num_tiles:
-        dim = _padded(head_dim)
-        with current_device(query.device):
-            schedule = column_schedule_for(index, sequences, heads, kv_heads)
-            split = schedule.split
-            constants = backward_constants(head_dim, split is not None)
-            sums = query.new_empty(
-                schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
-            )
-            key_parts = value_parts = sums  # not used
-            if split is not None:
-                rows = split.num_slots, TILE, dim
-                key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
-            log2_sums, deltas = _prepare_rows(
-                out, grad_out, lse, grad_lse, sequences, sums, schedule.first_slots
-            )
-            launch(
-                backward_kernel,
-                (schedule.num_programs, 1, 1),
-                (
-                    _descriptor(query, constants["STEP"]),
-                    _descriptor(key, TILE // 2),
-                    _descriptor(value, TILE // 2),
-                    _descriptor(grad_out, constants["STEP"]),
-                    _sums_descriptor(sums),
-                    _descriptor(grad_key, TILE // 2),
-                    _descriptor(grad_value, TILE // 2),
-                    grad_key,
-                    grad_key.stride()[:3],
-                    grad_value,
-                    grad_value.stride()[:3],
-                    key_parts,
-                    value_parts,
-                    log2_sums,
-                    deltas,
-                    schedule.records,
-                    schedule.offsets,
-                    index.q_indices,
-                    index.q_mask_ids,
-                    transposed_bank(index),
-                    scale,
-                    scale * LOG2_E,
-                    heads,
-                    heads // kv_heads,
-                    query_len,
-                    kv_len,
-                ),
-                constants,
-                dict(num_warps=4),
-                (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
-            )
-            if split is not None:
-                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
-            items = sequences.q_items(TILE)
-            launch(
-                store_kernel,
-                (items.shape[0], heads, 1),
-                (
-                    sums,
-                    StridedRows(grad_query, grad_query.stride()[:3]),
-                    items,
-                    sequences.table,
-                    schedule.first_slots,
-                    scale,
-                ),
-                dict(HEAD_DIM=head_dim, DIM=dim),
-                dict(num_warps=4),
-            )
+        _run_one_pass(
+            grad_out, grad_lse, query, key, value, out, lse, sequences, index, scale,
+            grad_query, grad_key, grad_value,
+        )  # fmt: skip
     grad_query, grad_key, grad_value = (
         grad if flag else None for grad, flag in zip(grads, needed, strict=False)
     )
@@ -456,6 +385,99 @@ def _prepare_rows(
     return log2_sums, deltas
 
 
+def _run_one_pass(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    index: BlockIndex,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Writes all three gradients, of the rows that the sequences own, with tiles of 128."""
+    from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
+    from hf_blocksparse.ops.hopper.query_sums import store_kernel
+    from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    heads, query_len, head_dim = query.shape[1:]
+    kv_heads, kv_len = key.shape[1:3]
+    dim = _padded(head_dim)
+    with current_device(query.device):
+        schedule = column_schedule_for(index, sequences, heads, kv_heads)
+        split = schedule.split
+        constants = backward_constants(head_dim, split is not None)
+        sums = query.new_empty(
+            schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
+        )
+        key_parts = value_parts = sums  # not used
+        if split is not None:
+            rows = split.num_slots, TILE, dim
+            key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
+        log2_sums, deltas = _prepare_rows(
+            out, grad_out, lse, grad_lse, sequences, sums, schedule.first_slots
+        )
+        launch(
+            backward_kernel,
+            (schedule.num_programs, 1, 1),
+            (
+                _descriptor(query, constants["STEP"]),
+                _descriptor(key, TILE // 2),
+                _descriptor(value, TILE // 2),
+                _descriptor(grad_out, constants["STEP"]),
+                _sums_descriptor(sums),
+                _descriptor(grad_key, TILE // 2),
+                _descriptor(grad_value, TILE // 2),
+                grad_key,
+                grad_key.stride()[:3],
+                grad_value,
+                grad_value.stride()[:3],
+                key_parts,
+                value_parts,
+                log2_sums,
+                deltas,
+                schedule.records,
+                schedule.offsets,
+                index.q_indices,
+                index.q_mask_ids,
+                transposed_bank(index),
+                scale,
+                scale * LOG2_E,
+                heads,
+                heads // kv_heads,
+                query_len,
+                kv_len,
+            ),
+            constants,
+            dict(num_warps=4),
+            (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
+        )
+        if split is not None:
+            launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
+        items = sequences.q_items(TILE)
+        launch(
+            store_kernel,
+            (items.shape[0], heads, 1),
+            (
+                sums,
+                StridedRows(grad_query, grad_query.stride()[:3]),
+                items,
+                sequences.table,
+                schedule.first_slots,
+                scale,
+            ),
+            dict(HEAD_DIM=head_dim, DIM=dim),
+            dict(num_warps=4),
+        )
+
+
 def _run_two_passes(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -472,7 +494,7 @@ def _run_two_passes(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
-    """Writes the gradients that `needed` names, of the rows that the sequences own."""
+    """Writes the gradients that `needed` names, of the rows that the sequences own, with tiles of 64."""
     from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
     from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
