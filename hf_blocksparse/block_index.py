@@ -13,6 +13,7 @@ are looked at, and only one of those that must have equal content.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
@@ -142,11 +143,26 @@ class Strips(NamedTuple):
     A tile of small blocks holds their union. Strips as wide as a block leave out what none of the tile's blocks keeps, and cost the
     kernel's gathering: they pay on scattered blocks and not on a window. An index that is offered strips is built of them where they
     hold at most `max_share` of the coefficients that the tiles would; its own tile shape says which they are.
+
+    Of `group_size` heads that read the same keys, those that share a list can fill the rows of a tile together, each with fewer queries:
+    with one block of them no row of the tile computes what it does not keep. Such strips are `tile_q / members` queries high, where
+    `members`, a power of two, is how many heads' rows make a tile.
     """
 
     tile_q: int
     tile_kv: int
     max_share: float
+    group_size: int = 1
+
+    def choices(self, heads_per_list: int) -> tuple[tuple[float, tuple[int, int]], ...]:
+        """Shapes of strips where runs of `heads_per_list` heads share a list, each with the rows computed for one that is there."""
+        shared = math.gcd(self.group_size, heads_per_list)
+        # Fewer queries than a block would load its keys more often for the same rows.
+        most = max(1, self.tile_q // self.tile_kv)
+        members = min(1 << (shared - 1).bit_length(), most)
+        rows = members * -(-shared // members) / shared
+        alone = 1.0, (self.tile_q, self.tile_kv)
+        return ((rows, (self.tile_q // members, self.tile_kv)), alone) if members > 1 else (alone,)
 
 
 @dataclass(frozen=True)
@@ -174,9 +190,12 @@ def _build(
     if strips is not None:
         span = query_begin, query_end, key_end
         in_tiles = _computed(groups, tile_q, tile_kv, *span, device)
-        in_strips = _computed(groups, strips.tile_q, strips.tile_kv, *span, device)
+        in_strips, shape = min(
+            (rows * _computed(groups, *shape, *span, device), shape)
+            for rows, shape in strips.choices(_heads_per_list(list_of))
+        )
         if in_strips <= strips.max_share * in_tiles:
-            tile_q, tile_kv, _ = strips
+            tile_q, tile_kv = shape
     first_q = query_begin // tile_q
     num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []

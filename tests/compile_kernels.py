@@ -50,6 +50,7 @@ class Case:
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
     gathered: bool = False  # from strips
+    members: int = 1  # heads whose rows fill a query tile
     in_parts: bool = False  # some key tiles in several programs
 
 
@@ -62,6 +63,8 @@ CASES = (
     Case("fp32", 64, 16, features=True),
     Case("bf16", 128, 16, gathered=True, in_parts=True),
     Case("fp16", 256, 16, gathered=True, features=True),
+    Case("bf16", 128, 16, gathered=True, members=4),
+    Case("fp16", 80, 16, gathered=True, members=2, features=True),
 )
 
 
@@ -149,6 +152,9 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     streamed_names = ("key", "value") if stationary_is_query else ("query", "grad_out")
     for tensor, dim in zip(streamed_names, (case.head_dim, value_dim), strict=True):
         arguments[f"{tensor}_descriptor"] = descriptor(case.dtype, streamed, dim)
+    if stationary_is_query:
+        arguments["heads_per_list"] = INT if case.members > 1 else Constant(1)
+        arguments["MEMBERS"] = Constant(case.members)
     if name == "forward":
         arguments["sinks"] = pointer("fp32") if case.features else none
         arguments["out"] = rows(case, case.dtype)

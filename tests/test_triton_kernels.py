@@ -222,6 +222,7 @@ def strips_used(monkeypatch):
 @pytest.fixture
 def tiles_of_64(monkeypatch):
     """Also where smaller ones would be chosen, so that a tile holds several strips."""
+    monkeypatch.setattr(launch, "tile_sizes", lambda *_: TileSizes(64, 64, 4, 3))
     monkeypatch.setattr(
         launch, "gathered_tile_sizes", lambda *facts: TileSizes(64, 64, 4, 3, strip=facts[-1])
     )
@@ -272,6 +273,117 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     strips_used.clear()
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
     assert strips_used == {0}
+
+
+def shared_by_groups(num_blocks: int, block_size: int, groups: int, group_size: int) -> PerHead:
+    """Scattered blocks and the diagonal, others for each group of heads."""
+    layouts = []
+    for group in range(groups):
+        kept = torch.rand(num_blocks, num_blocks, generator=torch.Generator().manual_seed(group))
+        kept = (kept < 0.3) | torch.eye(num_blocks, dtype=torch.bool)
+        layouts += group_size * [TensorLayout.from_tensor(kept, block_size)]
+    return PerHead(tuple(layouts))
+
+
+# Heads of a group that share a layout, with the number of them whose rows fill a tile of 64.
+PACKED = {
+    "four heads, blocks of 16": (4, Scenario(shared_by_groups(16, 16, 2, 4), 250, heads=8)),
+    "four heads, blocks of 32": (2, Scenario(shared_by_groups(8, 32, 2, 4), 230, heads=8)),
+    "two heads": (
+        2,
+        Scenario(SCATTERED_32 & shared_by_groups(16, 16, 2, 2), 250, heads=4, is_causal=False),
+    ),
+    "three heads": (4, Scenario(shared_by_groups(16, 16, 2, 3), 180, 256, heads=6, grad_lse=True)),
+    "six heads": (4, Scenario(shared_by_groups(8, 16, 1, 6), 128, heads=6, kv_heads=1)),
+    "pairs of a group": (2, Scenario(shared_by_groups(8, 16, 4, 2), 128, heads=8)),
+    "attn_mask": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 1, 4),
+            170,
+            batch=2,
+            heads=4,
+            kv_heads=1,
+            mask_density=0.5,
+            mask_by_head=False,
+        ),
+    ),
+    "attn_mask by head": (
+        1,
+        Scenario(shared_by_groups(8, 16, 1, 4), 120, heads=4, kv_heads=1, mask_density=0.5),
+    ),
+    "padding": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 2, 4),
+            150,
+            batch=3,
+            heads=8,
+            padding=True,
+            runs=((0, 30, 150), (1, 0, 97), (2, 64, 128)),
+        ),
+    ),
+    "everything": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 2, 3),
+            180,
+            batch=2,
+            runs=((0, 0, 3), (0, 3, 80), (0, 85, 180), (1, 10, 180)),
+            heads=6,
+            head_dim=24,
+            value_dim=40,
+            softcap=3.0,
+            sinks=True,
+            dropout_p=0.4,
+            alibi="by batch row and head",
+            grad_lse=True,
+            rows_outside_heads=True,
+        ),
+    ),
+}
+
+
+@pytest.fixture
+def members_used(monkeypatch):
+    """How many heads filled the query tiles of kernels; strips are taken wherever there are some."""
+    monkeypatch.setattr(launch, "GATHERED_RATE", math.inf)
+    used = set()
+
+    def launch_and_note(kernel, grid, arguments, constants, options):
+        if "MEMBERS" in constants:
+            used.add(constants["MEMBERS"])
+        launch_as_ever(kernel, grid, arguments, constants, options)
+
+    launch_as_ever = launch.launch
+    monkeypatch.setattr(launch, "launch", launch_and_note)
+    return used
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_heads_match_dense_attention_in_float32(name, device, members_used, tiles_of_64):
+    members, scenario = PACKED[name]
+    check(scenario, device)
+    assert members_used == {members}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["four heads, blocks of 32", "everything"])
+def test_packed_heads_match_dense_attention_in_float16(name, device, members_used, tiles_of_64):
+    members, scenario = PACKED[name]
+    check(replace(scenario, dtype=torch.float16), device)
+    assert members_used == {members}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_heads_match_dense_attention_on_tensor_cores(name, head_dim, dtype, members_used):
+    members, scenario = PACKED[name]
+    check(replace(scenario, head_dim=head_dim, value_dim=None, dtype=dtype), "cuda")
+    assert members_used == {members}
 
 
 IN_PARTS = {

@@ -58,7 +58,7 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of(problem))
+        and _is_of_tiles(_index_of(problem, group_size=query.shape[1] // key.shape[1]))
     )
 
 
@@ -79,18 +79,18 @@ def takes_backward(
 
 
 def _is_of_tiles(index: BlockIndex) -> bool:
-    return index.tile_q == index.tile_kv
+    return min(index.tile_q, index.tile_kv) >= SMALL_TILE
 
 
-def _index_of(problem: Problem, largest: int = TILE) -> BlockIndex:
+def _index_of(problem: Problem, largest: int = TILE, group_size: int = 1) -> BlockIndex:
     """The index for tiles of 64 or 128, whichever these kernels are faster with, or of strips where the portable kernels win with those.
 
-    `largest`: side of the tiles that may be chosen.
+    `largest`: side of the tiles that may be chosen; `group_size`: heads whose rows may fill the strips' tiles together.
     """
     block_size = problem.block_size
     if 1 < block_size < SMALL_TILE:
         # Unions of them in tiles of 64 were nowhere faster than both.
-        strips = Strips(SMALL_TILE, block_size, GATHERED_RATES[largest])
+        strips = Strips(SMALL_TILE, block_size, GATHERED_RATES[largest], group_size)
         return problem.index_for(largest, largest, False, strips)
     if largest == SMALL_TILE or block_size % TILE == 0:
         return problem.index_for(largest, largest)
@@ -214,7 +214,7 @@ def forward(
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
-    index = _index_of(problem)
+    index = _index_of(problem, group_size=heads // key.shape[1])
     out = empty_rows_like(query, head_dim)
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
