@@ -377,8 +377,7 @@ def test_packed_heads_match_dense_attention_in_float16(name, device, members_use
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_heads_match_dense_attention_on_tensor_cores(name, head_dim, dtype, members_used):
     members, scenario = PACKED[name]
