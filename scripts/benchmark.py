@@ -4,6 +4,7 @@
     python scripts/benchmark.py --grid bars         the comparisons the kernels are held to
     python scripts/benchmark.py --grid full         every layout, block size, length, head size and dtype: hours
     python scripts/benchmark.py --grid decode       one query and a cache of 4,096 to 65,536 tokens, beside SDPA
+    python scripts/benchmark.py --grid groups       scattered blocks of 16 and 32 that query heads share, and with a list for each head
     python scripts/benchmark.py --grid lengths      a window of 8,192 tokens up to 131,072 of them, one of 4,096 at a million
     python scripts/benchmark.py --grid launch       512 to 2,048 tokens: what the CPU needs to issue a call, beside SDPA and FlexAttention
     python scripts/benchmark.py --device cpu
@@ -24,7 +25,8 @@ calls or more, each on a cache of its own; an implementation that cannot be capt
 call outside of a graph.
 
 `ours_portable` is ours with the kernels for any GPU (where `ours` may take those for Hopper), `ours_window` ours on a block-exact window
-with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs). On a CPU
+with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs),
+`ours_by_head` ours with a list for each head where heads share a layout (what it is worth that they fill tiles together). On a CPU
 it is a causal sliding window of 10 % density beside dense SDPA, each in a process of its own, and three of each. Every run begins with
 building the index of BigBird at up to 1,048,576 tokens.
 """

@@ -209,6 +209,20 @@ def test_layouts_take_the_tiles_that_are_fastest(name):
     assert index is problem.index_for(*shape), "the portable kernels would hold another one"
 
 
+@pytest.mark.parametrize(
+    "block_size, density, shape", [(16, 0.25, (16, 16)), (32, 0.8, (128, 128))]
+)
+def test_scattered_blocks_that_a_group_shares_are_packed_in_the_forward(block_size, density, shape):
+    """At 25 % of blocks of 16 a head's own strips would hold more than half of the tiles; the heads of a group together need a quarter."""
+    shared = random_blocks(1, 2048, block_size, density, 0)
+    problem = problem_that_chooses(shared)
+    packed = hopper._index_of(problem, group_size=4)
+    assert (packed.tile_q, packed.tile_kv) == shape
+    assert hopper._is_of_tiles(packed) == (shape == (128, 128))
+    assert hopper._is_of_tiles(hopper._index_of(problem))
+    assert hopper._is_of_tiles(hopper._index_of_backward(problem))
+
+
 @pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
 def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
     layout, shape = CHOICES[name]
