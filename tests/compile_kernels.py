@@ -62,9 +62,8 @@ CASES = (
     Case("bf16", 256, 64, aligned=False, in_parts=True),
     Case("fp32", 64, 16, features=True),
     Case("bf16", 128, 16, gathered=True, in_parts=True),
-    Case("fp16", 256, 16, gathered=True, features=True),
     Case("bf16", 128, 16, gathered=True, members=4),
-    Case("fp16", 80, 16, gathered=True, members=2, features=True),
+    Case("fp16", 256, 16, gathered=True, members=2, features=True),
 )
 
 
