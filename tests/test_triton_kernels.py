@@ -1,6 +1,5 @@
 """The Triton kernels against dense attention in float64: in the interpreter without a GPU, on the GPU with `-m gpu`."""
 
-import math
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -176,6 +175,8 @@ _CROSS[:, :, [1, 4, 9]] = _CROSS[:, 9] = True
 _CROSS[1] |= torch.rand(16, 16, generator=torch.Generator().manual_seed(9)) < 0.3
 CROSS = TensorLayout.from_tensor(_CROSS, 16)
 
+WHEREVER = 1e6  # a share of coefficients that no layout exceeds
+
 # Lists that do not fill their last tile, strips that straddle the ends of sequences or lie behind them.
 GATHERED = {
     "blocks of 16 by head": Scenario(SCATTERED_16, 250, is_causal=False, heads=4, kv_heads=2),
@@ -206,7 +207,7 @@ GATHERED = {
 @pytest.fixture
 def strips_used(monkeypatch):
     """The widths of the strips that kernels gathered, 0 for whole tiles; strips are taken wherever there are some."""
-    monkeypatch.setattr(launch, "GATHERED_RATE", math.inf)
+    monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
@@ -259,6 +260,56 @@ def test_gathered_tiles_match_dense_attention_at_every_head_size(head_dim, block
 def test_gathered_tiles_match_dense_attention_in_bfloat16(name, strips_used):
     check(replace(GATHERED[name], dtype=torch.bfloat16), "cuda")
     assert strips_used == {GATHERED[name].layout.grain}
+
+
+@pytest.fixture
+def narrow_key_tiles(monkeypatch):
+    """How wide the key tiles of dK and dV were, which are one block's wherever strips are taken."""
+
+    def sizes(backend, capability, direction, *rest):
+        is_known = direction == "grad_key_value"
+        return TileSizes(64, rest[-1], 4, 3, strip=rest[-1]) if is_known else None
+
+    def launch_and_note(kernel, grid, arguments, constants, options):
+        if kernel is launch.grad_key_value_kernel:
+            used.add(constants["TILE_KV"])
+        launch_as_ever(kernel, grid, arguments, constants, options)
+
+    used = set()
+    launch_as_ever = launch.launch
+    monkeypatch.setattr(launch, "launch", launch_and_note)
+    monkeypatch.setattr(launch, "narrow_tile_sizes", sizes)
+    monkeypatch.setattr(launch, "NARROW_RATES", {16: WHEREVER, 32: WHEREVER})
+    return used
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GATHERED)
+def test_narrow_key_tiles_match_dense_attention_in_float32(
+    name, device, strips_used, tiles_of_64, narrow_key_tiles
+):
+    scenario = GATHERED[name]
+    check(scenario, device)
+    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", GATHERED)
+def test_narrow_key_tiles_match_dense_attention_on_tensor_cores(
+    name, head_dim, dtype, strips_used, narrow_key_tiles
+):
+    scenario = replace(GATHERED[name], head_dim=head_dim, value_dim=None, dtype=dtype)
+    check(scenario, "cuda")
+    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_columns_of_narrow_key_tiles_in_parts_match_dense_attention(
+    device, strips_used, tiles_of_64, narrow_key_tiles, in_parts
+):
+    check(GATHERED["whole columns and rows, documents"], device)
+    assert narrow_key_tiles == {16} and in_parts
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -347,7 +398,7 @@ PACKED = {
 @pytest.fixture
 def members_used(monkeypatch):
     """How many heads filled the query tiles of kernels; strips are taken wherever there are some."""
-    monkeypatch.setattr(launch, "GATHERED_RATE", math.inf)
+    monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):

@@ -35,10 +35,12 @@ from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
     GATHERED_RATE,
+    NARROW_RATES,
     Direction,
     TileSizes,
     backend_of,
     gathered_tile_sizes,
+    narrow_tile_sizes,
     tile_sizes,
 )
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -475,12 +477,19 @@ def _sizes_and_index(
     sizes, gathered = tile_sizes(*facts), gathered_tile_sizes(*facts)
     if gathered is None:
         return sizes, problem.index_for(sizes.tile_q, sizes.tile_kv)
-    # A key tile's program walks the heads of its group one by one.
-    group_size = 1 if direction == "grad_key_value" else query.shape[1] // key.shape[1]
-    strips = Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size)
+    narrow = narrow_tile_sizes(*facts)
+    group_size = query.shape[1] // key.shape[1]
+    strips = (Strips(*gathered.index_shape(direction), GATHERED_RATE),)
+    if narrow is not None:
+        strips += (Strips(*narrow.index_shape(direction), NARROW_RATES[narrow.tile_kv]),)
+    if direction != "grad_key_value" and group_size > 1:  # there the heads are walked one by one
+        strips += (Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size),)
     index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, strips)
-    is_of_tiles = (index.tile_q, index.tile_kv) == (sizes.tile_q, sizes.tile_kv)
-    return sizes if is_of_tiles else gathered, index
+    shape = index.tile_q, index.tile_kv
+    if shape == (sizes.tile_q, sizes.tile_kv):
+        return sizes, index
+    is_narrow = narrow is not None and shape == narrow.index_shape(direction)
+    return narrow if is_narrow else gathered, index
 
 
 class Packing(NamedTuple):
