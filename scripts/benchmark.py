@@ -4,7 +4,6 @@
     python scripts/benchmark.py --grid bars         the comparisons the kernels are held to
     python scripts/benchmark.py --grid full         every layout, block size, length, head size and dtype: hours
     python scripts/benchmark.py --grid decode       one query and a cache of 4,096 to 65,536 tokens, beside SDPA
-    python scripts/benchmark.py --grid groups       scattered blocks of 16 and 32 that query heads share, and with a list for each head
     python scripts/benchmark.py --grid lengths      a window of 8,192 tokens up to 131,072 of them, one of 4,096 at a million
     python scripts/benchmark.py --grid launch       512 to 2,048 tokens: what the CPU needs to issue a call, beside SDPA and FlexAttention
     python scripts/benchmark.py --device cpu

@@ -353,19 +353,15 @@ def _bars() -> Grid:
     for block in (32, 16):
         grid.append((Case("block_window", block), (OURS,)))
     grid += [(Case("random10", block), (OURS,)) for block in (64, 32, 16)]
+    # What it brings that the heads of a group fill tiles together, beside a list for each head.
+    for head_dim in (128, 64):
+        for block in (32, 16):
+            case = Case("group_random10", block, head_dim=head_dim, kv_heads=4)
+            grid.append((case, (OURS, "ours_by_head")))
     for layout, block in (("window", 1), ("random25", 128), ("bigbird", 64)):
         grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
-    grid += _groups() + _lengths() + _launch()
+    grid += _lengths() + _launch()
     return grid
-
-
-def _groups() -> Grid:
-    """Small scattered blocks that the heads of a group share, beside a list for each head: what it brings that they fill tiles together."""
-    return [
-        (Case("group_random10", block, head_dim=head_dim, kv_heads=4), (OURS, "ours_by_head"))
-        for head_dim in (128, 64)
-        for block in (32, 16)
-    ]
 
 
 def _lengths() -> Grid:
@@ -429,7 +425,6 @@ GRIDS: dict[str, Callable[[], Grid]] = {
     "bars": _bars,
     "full": _full,
     "decode": _decode,
-    "groups": _groups,
     "lengths": _lengths,
     "launch": _launch,
 }
