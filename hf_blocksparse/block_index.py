@@ -147,7 +147,7 @@ class Strips(NamedTuple):
 
     With a `group_size`, of so many heads that read the same keys those that share a list fill the rows of a tile together, each with fewer
     queries: with one block of them no row of the tile computes what it does not keep. Such strips are `tile_q / members` queries high,
-    where `members`, a power of two, is how many heads' rows make a tile.
+    where `members`, a power of two, is how many heads' rows make a tile. There are none of that kind where no heads share a list.
     """
 
     tile_q: int
@@ -155,12 +155,14 @@ class Strips(NamedTuple):
     max_share: float
     group_size: int = 1
 
-    def shape(self, heads_per_list: int) -> tuple[int, int, float]:
+    def shape(self, heads_per_list: int) -> tuple[int, int, float] | None:
         """Their shape where runs of `heads_per_list` heads share a list, and the rows that a tile has for each that is there."""
         shared = math.gcd(self.group_size, heads_per_list)
         # Fewer queries than a block would load its keys more often for the same rows.
         most = max(1, self.tile_q // self.tile_kv)
         members = min(1 << (shared - 1).bit_length(), most)
+        if members == 1 < self.group_size:
+            return None
         return self.tile_q // members, self.tile_kv, members * -(-shared // members) / shared
 
 
@@ -190,7 +192,10 @@ def _build(
         span = query_begin, query_end, key_end
         least: float = _computed(groups, tile_q, tile_kv, *span, device)
         for kind in strips:
-            strip_q, strip_kv, rows = kind.shape(_heads_per_list(list_of))
+            shape = kind.shape(_heads_per_list(list_of))
+            if shape is None:
+                continue
+            strip_q, strip_kv, rows = shape
             in_strips = rows * _computed(groups, strip_q, strip_kv, *span, device)
             if in_strips <= kind.max_share * least:
                 least = in_strips / kind.max_share

@@ -226,6 +226,13 @@ def test_scattered_blocks_that_a_group_shares_are_packed(density, forward, backw
         assert hopper._is_of_tiles(index) == (index.tile_q == 128)
 
 
+def test_heads_with_lists_of_their_own_are_not_taken_for_packed():
+    """Their strips hold 0.68 of the tiles of 128, too much for strips of one head and not too much for packed ones."""
+    problem = problem_that_chooses(random_blocks(4, 2048, 16, 0.25, 0))
+    index = hopper._index_of_forward(problem, 4)
+    assert (index.tile_q, index.tile_kv) == (128, 128)
+
+
 @pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
 def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
     layout, shape = CHOICES[name]
