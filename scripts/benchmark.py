@@ -24,7 +24,8 @@ calls or more, each on a cache of its own; an implementation that cannot be capt
 call outside of a graph.
 
 `ours_portable` is ours with the kernels for any GPU (where `ours` may take those for Hopper), `ours_window` ours on a block-exact window
-with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs). On a CPU
+with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs),
+`ours_by_head` ours with a list for each head where heads share a layout (what it is worth that they fill tiles together). On a CPU
 it is a causal sliding window of 10 % density beside dense SDPA, each in a process of its own, and three of each. Every run begins with
 building the index of BigBird at up to 1,048,576 tokens.
 """

@@ -32,13 +32,14 @@ HALF = Scenario(SlidingWindow(100), 200, dtype=torch.float16, head_dim=64, heads
 DOCUMENTS = ((0, 0, 3), (0, 3, 130), (0, 135, 200))
 # By what they run; each of them forward and backward, where no other is said.
 PARTS = {
-    # Full, partial and edge tiles; every option; decoding, split over programs and not; gathered strips.
+    # Full, partial and edge tiles; every option; decoding, split over programs and not; gathered strips, of a head and of three.
     "portable": (
         "triton",
         (
             replace(HALF, layout=BigBird(64), runs=DOCUMENTS),
             replace(HALF, sinks=True, softcap=2.0, alibi="by head", dropout_p=0.2, grad_lse=True),
             replace(HALF, layout=SCATTERED, is_causal=False, head_dim=40, value_dim=24),
+            replace(HALF, layout=SCATTERED.for_heads(0, 1, 2), is_causal=False, heads=3),
             replace(HALF, layout=Dense(), query_len=3, kv_len=300),
             replace(HALF, dtype=torch.float32, query_len=70),
         ),

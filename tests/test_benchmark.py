@@ -172,6 +172,7 @@ def test_masks_for_flash_attention_4_agree_with_the_layout(case, cute_masks):
         small("bigbird", 16, length_tokens=640, heads=4),
         small("causal_random25", 32, length_tokens=640, kv_heads=1),
         small("longformer", length_tokens=640, batch=2),
+        small("group_random10", 32, length_tokens=640, heads=4, kv_heads=2),
     ],
     ids=str,
 )
@@ -401,6 +402,19 @@ def test_the_grid_of_decoding():
         assert lengths.pop((layout, 32, 8, 128)) == [4096, 16384, 65536]
         assert lengths.pop((layout, 9, 3, 64)) == [4096, 65536]
     assert not lengths
+
+
+def test_heads_of_a_group_share_lists_or_have_the_same_by_themselves():
+    case = small("group_random10", 16, length_tokens=512, heads=4, kv_heads=2)
+    shared = benchmark_cases.make_layout(case)
+    by_head = benchmark_peers.make_implementation("ours_by_head", case, CPU).layout
+    indices = [benchmark_cases.exact_index(case, each, 16, CPU) for each in (shared, by_head)]
+    assert [index.num_lists for index in indices] == [2, 4]
+    assert [index.heads_per_list for index in indices] == [2, 1]
+    dense = [each.to_mask(512, num_heads=4) for each in (shared, by_head)]
+    assert dense[0].equal(dense[1]) and not dense[0][0].equal(dense[0][2])
+    kept = [benchmark_cases.count_kept(case, each, CPU) for each in (shared, by_head)]
+    assert kept[0] == kept[1] == dense[0].sum()
 
 
 def test_the_grids_of_lengths_and_of_launches_are_part_of_the_bars():

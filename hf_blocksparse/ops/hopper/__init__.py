@@ -35,6 +35,12 @@ GATHERED_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
 """Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
 
 On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both."""
+PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
+"""The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
+
+On an NVIDIA H200, random layouts of blocks of 16 and 32 that 4 heads share: 0.67 to 0.87 and 0.25 to 0.40. The backward's is lower because
+dK and dV are summed over the heads of a group, in key tiles as narrow as a block. Beside tiles of 64, taken where results must be
+reproducible, it would be higher, too."""
 SMALL_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 """Of kernels with tiles of 64: so many registers leave room for two programs on a multiprocessor."""
 ALIGNMENT_BYTES = 16
@@ -58,7 +64,7 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of(problem))
+        and _is_of_tiles(_index_of_forward(problem, query.shape[1] // key.shape[1]))
     )
 
 
@@ -74,33 +80,39 @@ def takes_backward(
     return (
         not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of_backward(problem))
+        and _is_of_tiles(_index_of_backward(problem, query.shape[1] // key.shape[1]))
     )
 
 
 def _is_of_tiles(index: BlockIndex) -> bool:
-    return index.tile_q == index.tile_kv
+    return min(index.tile_q, index.tile_kv) >= SMALL_TILE
 
 
-def _index_of(problem: Problem, largest: int = TILE) -> BlockIndex:
+def _index_of(problem: Problem, largest: int, group_size: int, packed_rate: float) -> BlockIndex:
     """The index for tiles of 64 or 128, whichever these kernels are faster with, or of strips where the portable kernels win with those.
 
-    `largest`: side of the tiles that may be chosen.
+    `largest`: side of the tiles that may be chosen; `packed_rate`: of strips whose tiles the `group_size` heads of a group fill together.
     """
     block_size = problem.block_size
     if 1 < block_size < SMALL_TILE:
         # Unions of them in tiles of 64 were nowhere faster than both.
-        strips = Strips(SMALL_TILE, block_size, GATHERED_RATES[largest])
+        strips = (Strips(SMALL_TILE, block_size, GATHERED_RATES[largest]),)
+        if group_size > 1:
+            strips += (Strips(SMALL_TILE, block_size, packed_rate, group_size),)
         return problem.index_for(largest, largest, False, strips)
     if largest == SMALL_TILE or block_size % TILE == 0:
         return problem.index_for(largest, largest)
-    return problem.index_for(TILE, TILE, False, Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE))
+    return problem.index_for(TILE, TILE, False, (Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE),))
 
 
-def _index_of_backward(problem: Problem) -> BlockIndex:
+def _index_of_forward(problem: Problem, group_size: int) -> BlockIndex:
+    return _index_of(problem, TILE, group_size, PACKED_FORWARD_RATE)
+
+
+def _index_of_backward(problem: Problem, group_size: int) -> BlockIndex:
     """Tiles of 128 have their parts of dQ added up in no fixed order; the kernels with tiles of 64 are reproducible."""
     is_fixed = torch.are_deterministic_algorithms_enabled()
-    return _index_of(problem, SMALL_TILE if is_fixed else TILE)
+    return _index_of(problem, SMALL_TILE if is_fixed else TILE, group_size, PACKED_BACKWARD_RATE)
 
 
 class Operand(NamedTuple):
@@ -214,7 +226,7 @@ def forward(
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
-    index = _index_of(problem)
+    index = _index_of_forward(problem, heads // key.shape[1])
     out = empty_rows_like(query, head_dim)
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
@@ -307,7 +319,7 @@ def backward(
     if not any(needed[:3]):
         return None, None, None
     sequences = problem.sequences
-    index = _index_of_backward(problem)
+    index = _index_of_backward(problem, query.shape[1] // key.shape[1])
     grads = [empty_rows_like(tensor, query.shape[3]) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
