@@ -98,6 +98,8 @@ def attention(
     """
     query, scale = _with_positive_scale(query, problem.scale)
     query, key, value = map(_with_unit_stride, (query, key, value))
+    if not torch.is_grad_enabled():
+        return _run_forward(query, key, value, sinks, alibi_slopes, problem, scale)
     return _Attention.apply(query, key, value, sinks, alibi_slopes, problem, scale)
 
 
