@@ -45,6 +45,11 @@ def test_a_program_fits_into_shared_memory(records):
             assert of_two <= SHARED_MEMORY_BYTES["sm_90"] + RESERVED_BYTES, record
 
 
+def test_parameters_are_laid_out_as_the_kernel_declares_them(records):
+    for record in records:
+        assert record["laid_out"] == record["declared"], record
+
+
 def test_products_run_asynchronously(records):
     """ptxas says C7512 or C7514 where it waits for every product of tensor cores by itself."""
     for record in records:
