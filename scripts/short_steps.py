@@ -82,7 +82,7 @@ class Results:
 def build_models(arguments: argparse.Namespace) -> dict[str, LlamaForCausalLM]:
     torch.manual_seed(arguments.seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=arguments.vocab_size,
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.hidden_size * 8 // 3,
         num_hidden_layers=arguments.num_layers,
@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> Results:
     models = build_models(arguments)
     measurements = []
     for length in arguments.lengths:
-        tokens = torch.randint(0, 49152, (1, length), device=arguments.device)
+        tokens = torch.randint(0, arguments.vocab_size, (1, length), device=arguments.device)
         measurements += measure_length(models, tokens, arguments)
     return Results(tuple(measurements))
 
@@ -185,6 +185,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--forms", choices=tuple(FORMS), nargs="+", default=list(FORMS))
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--vocab-size", type=int, default=49152)
     parser.add_argument("--hidden-size", type=int, default=576)
     parser.add_argument("--num-layers", type=int, default=30)
     parser.add_argument("--num-heads", type=int, default=9)
