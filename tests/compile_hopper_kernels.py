@@ -2,8 +2,9 @@
 
     python tests/compile_hopper_kernels.py
 
-prints one JSON line per variant: the shared memory of one program, what ptxas says of products that it puts one after the other, bytes
-of spilled registers, and how many loads and stores of them stand in the loops of full tiles.
+prints one JSON line per variant: the shared memory of one program, the sizes of its parameters as the package lays them out and as the PTX
+declares them, what ptxas says of products that it puts one after the other, bytes of spilled registers, and how many loads and stores of
+them stand in the loops of full tiles.
 A program of its own because it replaces Triton's driver.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from parameter_sizes import sizes_in_ptx, sizes_laid_out
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
@@ -302,6 +304,8 @@ def main() -> None:
             "head_dim": head_dim,
             "dtype": str(dtype),
             "shared": compiled.metadata.shared,
+            "laid_out": sizes_laid_out(compiled),
+            "declared": sizes_in_ptx(compiled),
             "serialized": serialized,
             "arrivals": arrivals(compiled.asm["ptx"]),
             "spilled_bytes": spilled,

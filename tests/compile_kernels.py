@@ -2,7 +2,8 @@
 
     python tests/compile_kernels.py sm_90
 
-prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory.
+prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory and
+the sizes of its parameters as the package lays them out and as the PTX declares them.
 A program of its own because Triton decides at import whether it interprets or compiles.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
+from parameter_sizes import sizes_in_ptx, sizes_laid_out
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -308,6 +310,8 @@ def print_record(
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
     }
+    if compiled.metadata.target.backend == "cuda":
+        record |= {"laid_out": sizes_laid_out(compiled), "declared": sizes_in_ptx(compiled)}
     print(json.dumps(record), flush=True)
 
 

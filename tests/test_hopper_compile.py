@@ -52,6 +52,11 @@ def test_writes_are_ordered_before_the_arrival_that_announces_them(records):
         assert number > 0 == unordered, record
 
 
+def test_parameters_are_laid_out_as_the_kernel_declares_them(records):
+    for record in records:
+        assert record["laid_out"] == record["declared"], record
+
+
 def test_products_run_asynchronously(records):
     """ptxas says C7512 or C7514 where it waits for every product of tensor cores by itself."""
     for record in records:

@@ -56,3 +56,5 @@ def test_kernels_compile_and_fit(compilations, target):
     for record in records:
         assert record["shared"] <= LIMITS[target], record
         assert (record.get("tensor_memory") or 0) <= TENSOR_MEMORY_COLUMNS, record
+        assert record.get("laid_out") == record.get("declared"), record
+        assert ("declared" in record) == target.startswith("sm_")

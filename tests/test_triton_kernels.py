@@ -7,6 +7,7 @@ import pytest
 import torch
 from numerics import make_qkv
 from scenarios import Scenario, check
+from torch.autograd import forward_ad
 
 from hf_blocksparse import (
     BigBird,
@@ -594,6 +595,15 @@ def test_a_second_derivative_names_the_remedy(device):
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative.*use impl='torch'"):
         torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_forward_mode_derivative_is_not_lost_without_gradients(device):
+    query, key, value = make_qkv(1, 2, 2, 20, 20, 16, 16, dtype=torch.float32, device=device)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            block_sparse_attention(dual, key, value, WINDOW, impl="triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)
