@@ -24,7 +24,7 @@ import plot
 from benchmark_cases import GRIDS, IMPLEMENTATIONS, Case
 from benchmark_process import Worker, WorkerFailure
 from benchmark_results import CaseResult, GridResults, Row
-from benchmark_worker import Session
+from benchmark_worker import CALLS, GRAPHS, Session
 
 from hf_blocksparse.block_index import clear_cache
 from hf_blocksparse.evaluation import in_fresh_process, measure_cost
@@ -267,7 +267,7 @@ def prepared_in_a_graph(monkeypatch):
         return out
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream=None):
         with graph:
             capturing.append(True)
             yield
@@ -279,8 +279,8 @@ def prepared_in_a_graph(monkeypatch):
     implementation = replace(right, attend=attend)
     monkeypatch.setattr("benchmark_worker.make_implementation", lambda *_: implementation)
     session = Session("ours", case, CPU)
-    assert not session.is_captured
-    session.is_captured = True
+    assert session.timing == CALLS
+    session.timing = GRAPHS
     return session, graph, keys, session.prepare()
 
 
@@ -535,7 +535,9 @@ DECODED = [
 def grid_record(tmp_path_factory):
     """A run over a small grid, on a CPU: the way of a GPU run but for the clock."""
     output = tmp_path_factory.mktemp("runs") / "benchmark.json"
-    arguments = argparse.Namespace(output=output, rounds=2, round_ms=5.0, limit_s=60.0)
+    arguments = argparse.Namespace(
+        output=output, rounds=2, round_ms=5.0, limit_s=60.0, timing=GRAPHS
+    )
     names = ("ours", "sdpa_flash", "sdpa_cudnn")
     cases = (small("random50", 16), small("random10", 16), small("full"), small("bigbird", 16))
     grid = [(case, names) for case in cases[:3]] + [(cases[3], ("ours", "ours_window"))]
