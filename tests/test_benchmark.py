@@ -306,6 +306,62 @@ def test_what_a_graph_cannot_capture_or_gets_wrong_is_a_failure(monkeypatch):
 
 
 @pytest.fixture
+def eager_graphs(monkeypatch):
+    """CUDA graphs, streams and captures as a CPU can play them; the graphs made."""
+    graphs = []
+
+    class Graph(EagerGraph):
+        def __init__(self):
+            super().__init__()
+            graphs.append(self)
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None):
+        with graph:
+            yield
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return graphs
+
+
+def prepared_by_graphs():
+    session = Session("ours", small("causal"), CPU)
+    session.timing = GRAPHS
+    facts = session.prepare().directions
+    assert [facts[direction].failure for direction in ("forward", "backward")] == [None, None]
+    return session, {direction: facts[direction].timed_by for direction in facts}
+
+
+def test_both_directions_are_timed_by_replays_of_graphs(eager_graphs):
+    session, timed_by = prepared_by_graphs()
+    assert timed_by == {"forward": GRAPHS, "backward": GRAPHS}
+    assert len(eager_graphs) == 2
+    for graph, direction in zip(eager_graphs, ("forward", "backward"), strict=True):
+        before = graph.replays
+        assert len(session.times(direction, 1.0, 2.0)) == 2
+        assert graph.replays == before + 3  # one to warm up
+
+
+def test_what_cannot_be_captured_is_timed_by_calls(eager_graphs, monkeypatch):
+    monkeypatch.setattr(EagerGraph, "refuses", True)
+    session, timed_by = prepared_by_graphs()
+    assert timed_by == {"forward": CALLS, "backward": CALLS}
+    assert len(session.times("backward", 1.0, 2.0)) == 2
+
+
+def test_whoever_asks_for_calls_gets_calls(eager_graphs):
+    session = Session("ours", small("causal"), CPU)
+    session.timing = GRAPHS
+    facts = session.prepare(CALLS).directions
+    assert {each.timed_by for each in facts.values()} == {CALLS} and not eager_graphs
+
+
+@pytest.fixture
 def own_sdpa_kernels():
     """An implementation chooses torch's kernels for its whole process, which a test shares with others."""
     kernels = ("flash", "mem_efficient", "math", "cudnn")
@@ -329,6 +385,17 @@ def test_a_gpu_replays_calls_of_one_query(name, own_sdpa_kernels):
     times = session.times("forward", facts.estimate_ms, 20.0)
     # Of one call, where the estimate is of a replay.
     assert 0 < sorted(times)[len(times) // 2] * 64 < 2 * facts.estimate_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours", "ours_portable", "sdpa_flash"])
+def test_a_gpu_replays_both_directions(name, own_sdpa_kernels):
+    case = Case("causal", 1, 2048, 64, heads=4, kv_heads=4)
+    session = Session(name, case, torch.device("cuda"))
+    for direction, facts in session.prepare().directions.items():
+        assert facts.failure is None and facts.timed_by == GRAPHS
+        times = session.times(direction, facts.estimate_ms, 10.0)
+        assert 0 < sorted(times)[len(times) // 2] < 2 * facts.estimate_ms
 
 
 @pytest.mark.gpu
