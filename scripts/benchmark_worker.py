@@ -213,8 +213,8 @@ class Session:
             return call, CALLS
         with torch.cuda.stream(stream):
             answers = call()
-        answers = [answers] if isinstance(answers, Tensor) else answers
-        expected = [answer.detach().clone() for answer in answers]
+            answers = [answers] if isinstance(answers, Tensor) else answers
+            expected = [answer.detach().clone() for answer in answers]
         try:
             return self._capture(call, expected, stream), GRAPHS
         except ArithmeticError:
