@@ -190,25 +190,30 @@ class Session:
         return forward, backward
 
     def _backward_alone(self) -> tuple[Callable[[], Any], str]:
-        """Again and again on one forward, which runs on the stream that the backward is captured from: autograd goes back to it."""
-        stream = None
+        """Again and again on one forward, and how that is timed."""
         if self.timing == GRAPHS:
+            # Autograd goes back to the stream of the forward, which therefore is the one that is captured.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            out = self._attend()
+            with torch.cuda.stream(stream):
+                backward = self._backward_of_one_forward()
+            replay, timed_by = self._capture_if_possible(backward, stream)
+            if timed_by == GRAPHS:
+                return replay, GRAPHS
+        return self._backward_of_one_forward(), CALLS
 
-            def backward() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
+    def _backward_of_one_forward(self) -> Callable[[], Any]:
+        out = self._attend()
 
-            backward()
-        self._wait()
-        return self._capture_if_possible(backward, stream)
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
+
+        return backward
 
     def _capture_if_possible(
         self, call: Callable[[], Any], stream: Any = None
     ) -> tuple[Callable[[], Any], str]:
-        """A replay of the call, or the call itself where it cannot be captured, and how it is therefore timed."""
+        """A replay of the call, or the call itself where a graph cannot hold it, and how it is therefore timed."""
         if self.timing == CALLS:
             return call, CALLS
         with torch.cuda.stream(stream):
@@ -217,9 +222,7 @@ class Session:
             expected = [answer.detach().clone() for answer in answers]
         try:
             return self._capture(call, expected, stream), GRAPHS
-        except ArithmeticError:
-            raise
-        except Exception:  # whatever keeps a peer from being captured
+        except Exception:  # whatever keeps a peer out of a graph; its log has the trace
             traceback.print_exc()
             return call, CALLS
 
