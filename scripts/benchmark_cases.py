@@ -329,27 +329,25 @@ def _quick() -> Grid:
 
 
 def _bars() -> Grid:
-    """The comparisons the kernels are held to: B1 H16 S16384 bfloat16, and what is said of other shapes."""
+    """The comparisons the kernels are held to: B1 H16 S16384 bfloat16, and what is said of other shapes. The telling ones come first."""
     sparse = (OURS, "ours_portable", *_FLEX, "fa4", "fa4_window")
     small = partial(Case, head_dim=64)
     grid: Grid = [
+        (Case("bigbird", 128), (OURS, "ours_portable", "ours_window", "flex", "fa4")),
         (Case("random25", 128), sparse + _DENSE),
         (Case("random10", 128), sparse + _DENSE),
-        (Case("window", 1), sparse + _DENSE),
-        (Case("bigbird", 128), (*sparse, "ours_window")),
-        (Case("random25", 64), sparse + _DENSE),
-        (Case("block_window", 64), (OURS, *_FLEX)),
+        (small("bigbird", 128), (OURS, "ours_portable", "ours_window", "flex", "fa4")),
+        (small("random25", 128), (OURS, "ours_portable", "flex", "fa4")),
+        (small("full", 1), (OURS, *_DENSE)),
+        (small("causal", 1), (OURS, *_DENSE)),
         (Case("causal", 1), (OURS, "ours_portable", *_DENSE)),
         (Case("full", 1), (OURS, "ours_portable", *_DENSE)),
-        (small("random25", 128), (OURS, "ours_portable", *_FLEX, "fa4")),
-        (small("bigbird", 128), (OURS, "ours_portable", "ours_window", *_FLEX, "fa4")),
-        (small("causal", 1), (OURS, *_DENSE)),
-        (small("full", 1), (OURS, *_DENSE)),
+        (Case("window", 1), sparse + _DENSE),
+        (Case("random25", 64), (OURS, "ours_portable", "flex_autotune", "fa4")),
+        (Case("block_window", 64), (OURS, "ours_portable", "flex_autotune")),
     ]
-    # The ends of the curve from which break-even densities are read.
-    grid += [(Case(f"random{percent}", 128), (OURS, *_DENSE)) for percent in (50, 5, 2)]
-    for percent in (50, 25, 10, 5, 2):
-        grid.append((Case(f"causal_random{percent}", 128), (OURS, *_DENSE)))
+    for layout, block in (("bigbird", 128), ("window", 1), ("random25", 128), ("bigbird", 64)):
+        grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
     for block in (32, 16):
         grid.append((Case("block_window", block), (OURS,)))
     grid += [(Case("random10", block), (OURS,)) for block in (64, 32, 16)]
@@ -358,10 +356,19 @@ def _bars() -> Grid:
         for block in (32, 16):
             case = Case("group_random10", block, head_dim=head_dim, kv_heads=4)
             grid.append((case, (OURS, "ours_by_head")))
-    for layout, block in (("window", 1), ("random25", 128), ("bigbird", 64)):
-        grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
-    grid += _lengths() + _launch()
-    return grid
+    # The curves from which break-even densities are read.
+    dense = ("sdpa_cudnn", "fa4_dense")
+    grid += [(Case(f"random{percent}", 128), (OURS, *dense)) for percent in (50, 5, 2)]
+    for percent in (50, 25, 10, 5, 2):
+        names = (OURS, *(_DENSE if percent == 25 else dense))
+        grid.append((Case(f"causal_random{percent}", 128), names))
+    grid += _lengths()
+    grid += [
+        (Case("sink_window", 1), (OURS, "fa4")),
+        (Case("longformer", 1), (OURS, "fa4")),
+        (Case("random25", 128, dtype="float16"), (OURS, "fa4", "sdpa_cudnn")),
+    ]
+    return grid + _launch()
 
 
 def _lengths() -> Grid:
