@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, set_forkserver_preload
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 NEEDLE_STATEMENT = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 NEEDLE_ANSWER = " {key}"
+
+# Imported once, by the process that fresh ones are forked from. None of them touches a GPU, which could
+# not be used after a fork.
+_PRELOADED = (
+    "hf_blocksparse.evaluation",
+    "hf_blocksparse.ops.hopper",
+    "hf_blocksparse.ops.triton",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -583,12 +593,19 @@ def measure_cost(
 def in_fresh_process(
     function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
 ) -> Result:
-    """Run `function` in a new Python process and return its result; an exception there is raised
-    here.
+    """Run `function` in a new process and return its result; an exception there is raised here.
 
-    The function must be importable (not a lambda), its arguments and result picklable. A process
-    that the system ends, for memory for example, raises
-    `concurrent.futures.process.BrokenProcessPool`.
+    The process is forked from one that has imported what measurements need and done nothing else, so it
+    starts in a second, without a GPU context, and with the environment variables of the first call. The
+    function must be importable (not a lambda), its arguments and result picklable. A process that the
+    system ends, for memory for example, raises `concurrent.futures.process.BrokenProcessPool`.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    prepare_fresh_processes()
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def prepare_fresh_processes() -> None:
+    """Begin, in the background, with the imports of which `in_fresh_process` makes use."""
+    set_forkserver_preload(list(_PRELOADED))
+    forkserver.ensure_running()

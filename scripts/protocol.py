@@ -340,7 +340,7 @@ def set_attention(model: PreTrainedModel, layout: Layout | None) -> None:
 
 
 class Phases:
-    """Says what is being done, and keeps how long it took."""
+    """Says what is being done, and keeps how long it took, all times together."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
@@ -352,7 +352,7 @@ class Phases:
             print(f"\n== {name}", flush=True)
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def score_windows(

@@ -91,8 +91,8 @@ def test_rows_ask_for_the_same_hidden_tokens(results):
 
 def test_all_are_trained_on_the_same_tokens(results):
     assert [run.attention for run in results.trainings] == [
-        "longformer:window=32",
         "dense",
+        "longformer:window=32",
         "chunks",
     ]
     assert [run.tokens_per_step for run in results.trainings] == [253, 253, 256]
@@ -180,7 +180,7 @@ def test_rows_of_chunks_and_of_windows_hold_the_same():
     ("changed", "message"),
     [
         ({"hidden_share": 0}, "hidden_share got 0.0"),
-        ({"head_steps": 0}, "windows, head_steps and max_steps got 2, 0 and 2"),
+        ({"head_steps": 0}, "head_steps got 0"),
         ({"context_tokens": 100}, "context_tokens got 100 with chunks of 64"),
         ({"windows": 9}, "windows got 9, but of the 12 documents"),
         ({"layout": '{"kind":"per_layer"}'}, "per_layer"),
