@@ -6,11 +6,11 @@
 
 A masked-token head is trained at the model's own length first (masked_head.py), with all its weights, as
 most encoders come without one. Then the position table is continued by copies of itself (arXiv 2004.05150)
-and dense attention replaced by the layout. Three are trained alike: dense attention and the layout at the new
-length, and dense attention at the old one, which reads the same text in chunks. All rows are asked for the
-same hidden tokens, before and after.
+and dense attention replaced by the layout. Three are trained alike: dense attention at the old length, which
+reads the same text in chunks, the layout at the new one, and dense attention there. All rows are asked for
+the same hidden tokens, before and after.
 
-Writes models to `OUTPUT_DIR/{short,extended,dense,layout,chunks}`, record and card to `model_cards/NAME`; the
+Writes models to `OUTPUT_DIR/{short,extended,chunks,layout,dense}`, record and card to `model_cards/NAME`; the
 record also whenever another row was measured.
 """
 
@@ -490,9 +490,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(EXTENDED, LAYOUT, before)
     trained = None
     for folder, each, own, rows in (
-        (DENSE, None, EXTENDED, long_rows),
-        (LAYOUT, layout, EXTENDED, long_rows),
         (CHUNKS, None, SHORT, short_rows),
+        (LAYOUT, layout, EXTENDED, long_rows),
+        (DENSE, None, EXTENDED, long_rows),
     ):
         with phases(f"train with {folder}"):
             trainings.append(
