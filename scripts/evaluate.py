@@ -36,6 +36,7 @@ from pretrained import (
     public_name,
 )
 from protocol import (
+    CostArguments,
     Measurements,
     ModelArguments,
     Phases,
@@ -93,7 +94,7 @@ def own_layout(model: PreTrainedModel) -> Layout | None:
     return None if section is None else read_layout(section)
 
 
-def check_costs(protocol: ProtocolArguments, device: torch.device) -> None:
+def check_costs(protocol: CostArguments, device: torch.device) -> None:
     """Refuse what no device of this kind can run."""
     if (
         device.type == "cpu"
@@ -192,6 +193,13 @@ def publish(
     )
     if not with_card:
         return record
+    card = show(record, results, figures=figures)
+    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
+    return card
+
+
+def show(record: Path, results: EvaluationResults, *, figures: bool) -> Path:
+    """The figures (if wanted) and the card of a record, whose path is returned, and tables on the screen."""
     missing = None if figures else "not wanted"
     if figures and importlib.util.find_spec("matplotlib") is None:
         missing = "matplotlib is not installed"
@@ -203,7 +211,6 @@ def publish(
     print(f"\n{quality_table(results)}\n")
     if results.costs:
         print(f"{cost_table(results)}\n")
-    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
     return card
 
 
@@ -295,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
         publish_around_costs(
-            publish_with, phases, protocol, source.path, attentions, held_out,
+            publish_with, phases, protocol, source.path, attentions, held_out.tokens.flatten(),
             device=device, dtype=dtype,
         )  # fmt: skip
 

@@ -776,7 +776,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
         publish_around_costs(
-            publish_with, phases, protocol, source.path, attentions, held_out,
+            publish_with, phases, protocol, source.path, attentions, held_out.tokens.flatten(),
             device=device, dtype=dtype,
         )  # fmt: skip
 

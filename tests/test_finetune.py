@@ -42,6 +42,7 @@ import evaluation_card  # noqa: E402
 import evaluation_figures  # noqa: E402
 import finetune  # noqa: E402
 import layout_argument  # noqa: E402
+import measure_costs  # noqa: E402
 import plot  # noqa: E402
 import pretrained  # noqa: E402
 import protocol  # noqa: E402
@@ -287,6 +288,62 @@ def test_costs_are_on_record_as_soon_as_they_are_measured(evaluation, monkeypatc
     assert published == [((), True), (costs[:1], False)]
 
 
+def test_costs_are_added_to_a_record(evaluation, model_folder, tmp_path):
+    """Others stay, the same is replaced, and the card shows them all."""
+    record = tmp_path / "two" / "results" / "evaluate.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(evaluation.read_bytes())
+    words = [str(record), f"--model={model_folder}", "--cost_repetitions=1", "--figures=False"]
+    measure_costs.main([*words, "--cost_tokens", "64", "96", "--cost_attentions", "layout"])
+    before, after = results_of(evaluation), results_of(record)
+
+    def measured(results):
+        return {(cost.tokens, cost.row.attention): cost.row.cost for cost in results.costs}
+
+    old, new = measured(before), measured(after)
+    layouts = {facts.name for facts in before.attentions if facts.role == "layout"}
+    assert len(layouts) == 2
+    assert new.keys() - old.keys() == {(96, name) for name in layouts}
+    assert {key for key in old if new[key] != old[key]} == {(64, name) for name in layouts}
+    assert [cost.tokens for cost in after.costs] == sorted(cost.tokens for cost in after.costs)
+    assert replace(after, costs=before.costs) == before
+    assert re.search(r"\| 96 +\|", (tmp_path / "two" / "README.md").read_text())
+    (call,) = read_record(record).arguments["measured_costs"]
+    assert call["cost_tokens"] == [64, 96] and call["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cost_weights=bfloat16"], "cost_weights got bfloat16, but the costs on the record are of float32"),
+        (["--cost_attentions=fast"], r"cost_attentions got \['fast'\]"),
+        (["--cost_repetitions=0"], "cost_repetitions got 0"),
+    ],
+)  # fmt: skip
+def test_costs_that_do_not_fit_a_record_are_refused(evaluation, model_folder, words, message):
+    before = evaluation.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        measure_costs.main([str(evaluation), f"--model={model_folder}", *words])
+    assert evaluation.read_bytes() == before
+
+
+def test_costs_of_another_machine_or_model_are_refused(
+    evaluation, model_folder, tmp_path, monkeypatch
+):
+    here = measure_costs.describe_environment(CPU)
+    with monkeypatch.context() as patch:
+        elsewhere = replace(here, device="NVIDIA H200")
+        patch.setattr(measure_costs, "describe_environment", lambda device: elsewhere)
+        with pytest.raises(ValueError, match="record got results from device cpu"):
+            measure_costs.main([str(evaluation), f"--model={model_folder}"])
+    other = tmp_path / "other"
+    write_model(other, num_hidden_layers=1)
+    with pytest.raises(
+        ValueError, match="model got one with 1 layers of 4 heads; the record is of"
+    ):
+        measure_costs.main([str(evaluation), f"--model={other}"])
+
+
 def test_costs_are_those_of_the_weights_asked_for(model_folder, monkeypatch):
     seen = []
 
@@ -345,7 +402,8 @@ def test_without_attention_no_token_reads_another(model_folder):
         ({"probe_gap_tokens": [0, 200]}, r"probe_gap_tokens got \[0, 200\], which with two"),
         ({"needle_trials": 3}, "needle_trials got 3 of 2 windows"),
         ({"probe_passages": 3}, "probe_passages got 3 of 2 windows"),
-        ({"windows": 0}, "windows, bucket_tokens and cost_tokens got 0"),
+        ({"windows": 0}, "windows and bucket_tokens got 0"),
+        ({"cost_tokens": [1]}, r"cost_tokens got \[1\]; each must be at least 2"),
         ({"cost_attentions": ["fast"]}, r"cost_attentions got \['fast'\]; it must be among"),
     ],
 )
