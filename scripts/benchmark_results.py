@@ -29,7 +29,7 @@ class Row:
             (`Case.query_tokens`) are timed on a GPU by replays of a CUDA graph of 20 or more, each on keys and values of its own; a
             replay's mean call counts as one.
         timed_by: "graphs", replays of a CUDA graph, which holds one call but for a few queries, or "calls", as fast as the CPU issues
-            them. None in records that do not say: calls, but for a few queries.
+            them.
         useful_tflops: 4 * head_dim operations per kept coefficient forward, 2.5 times as many backward, per second of the median. Dense
             implementations are credited with the coefficients of the layout only.
         launch_us: what the CPU needs to issue one call, without waiting for the GPU: a forward without gradients, or forward and backward.

@@ -1,6 +1,7 @@
 """Calls that are done again from what was watched give what the ordinary code gives; what cannot be done again is refused."""
 
 import gc
+import threading
 from types import SimpleNamespace
 from weakref import ref
 
@@ -375,6 +376,34 @@ def test_recorded_calls_on_another_stream_and_in_a_graph(recorded_calls):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected[1])
+
+
+@pytest.mark.gpu
+def test_threads_that_never_used_the_device_share_a_recording(recorded_calls):
+    layout, options = SinkWindow(4, 100), dict(is_causal=True)
+    drawn = [draw(seed) for seed in range(4)]
+    grads = [torch.randn_like(tensors[0]) for tensors in drawn]
+    expected = [results(t, g, layout, **options) for t, g in zip(drawn, grads, strict=True)]
+    assert_recorded(recorded_calls())
+    torch.cuda.synchronize()
+    found = [[] for _ in drawn]
+
+    def run(number):
+        for _ in range(20):
+            found[number].append(results(drawn[number], grads[number], layout, **options))
+        torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(drawn))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rounds, right in zip(found, expected, strict=True):
+        assert len(rounds) == 20
+        for got in rounds:
+            assert torch.equal(got[0], right[0]) and torch.equal(got[1], right[1])
+            for ours, one in zip(got[2:], right[2:], strict=True):
+                torch.testing.assert_close(ours, one, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Parts the kernels share: which entries of the lists a tile's steps are, and rows of tiles in shared and device memory."""
+"""Parts the kernels share: what a record says, which entries of lists a tile's steps are, rows of tiles in shared and device memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
