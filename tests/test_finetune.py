@@ -1,5 +1,6 @@
 """Evaluation and fine-tuning, end to end on a tiny random model and local text, and what they are made of."""
 
+import copy
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from script_inputs import byte_tokenizer, write_model, write_text
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_blocksparse import (
@@ -813,6 +814,17 @@ def check_resumed(folder, arguments, config, *options):
     before = weights(folder)
     resume(folder, arguments, config, *options)
     assert weights(folder) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "gpt_oss", "qwen3_next"])
+def test_separate_documents_are_refused_where_they_are_read_across(family):
+    model = make_model(family, "eager")
+    for patched in (model, patch_model(copy.deepcopy(model), SinkWindow(2, 5))):
+        if family in ("llama", "gemma3", "mixtral"):
+            finetune.check_documents_are_separate(patched)
+        else:
+            with pytest.raises(ValueError, match="packing got 'separate' for a .* another model"):
+                finetune.check_documents_are_separate(patched)
 
 
 def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
