@@ -401,7 +401,7 @@ REASONS_OF_MANY = (
     (r"cannot be patched as a whole", "attention modules of their own"),
     (
         r"are cross-attention",
-        "a decoder's cross-attention has no layout: name the self-attention layers one by one",
+        "a decoder's cross-attention has no layout: choose its self-attention layers by `layers=range(n)`",
     ),
     (r"has no attention module", "no attention at all"),
     (r"parameters with small sizes", "large in spite of it"),
