@@ -329,7 +329,7 @@ def test_weights_are_refused(family):
 
 
 @pytest.mark.parametrize("family", ["bloom", "mpt", "gptj"])
-def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family):
+def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family, tmp_path):
     model, batch = patch_model(make_model(family), SPARSE), make_batch(padded=False)
     lengths = torch.tensor([0, 13, 40], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q got packed documents in .*drops"):
@@ -344,8 +344,23 @@ def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family)
         packed = model(**batch, position_ids=positions, use_cache=False).logits
         parts = [model(part).logits for part in batch["input_ids"].split([13, 27], 1)]
         torch.testing.assert_close(packed, torch.cat(parts, 1), **LOGITS)
-    unpatch_model(model)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q got packed documents in .*drops"):
+        loaded(**batch, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    for one in (model, loaded):
+        unpatch_model(one)
+        assert not any(module._forward_pre_hooks for module in one.modules())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj", "falcon, rotary, grouped"])
+def test_a_compiled_model_is_itself(family, padded):
+    model, batch = patch_model(make_model(family), SPARSE), make_batch(padded=padded)
+    real, compiled = real_tokens(batch), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(**batch).logits[real]
+        torch.testing.assert_close(compiled(**batch).logits[real], expected, **LOGITS)
 
 
 def test_a_layer_cannot_keep_its_own_attention(tmp_path):

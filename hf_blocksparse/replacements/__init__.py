@@ -74,16 +74,19 @@ def install(model: nn.Module, paths: Iterable[str]) -> None:
     """Give the attention modules at `paths` that have a replacement theirs."""
     for path in paths:
         module = model.get_submodule(path)
-        if is_replaced(module) or not has_replacement(module):
+        if not has_replacement(module):
             continue
-        around = _models_around(model, path)[-1]
+        models = _models_around(model, path)
+        for one in models:
+            _watch(one)
+        if is_replaced(module):  # by a model inside this one
+            continue
+        around = models[-1]
         replacement = _replacement(type(module))
         if not hasattr(module, "config"):
             _set(module, "config", around.config)
         for owner, name, value in replacement.settings_around(around):
             _set(owner, name, value)
-        for one in _models_around(model, path):
-            _watch(one)
         _undo_of(module)["class"] = type(module)
         _become(module, replacement)
 
