@@ -415,7 +415,8 @@ def _sweep_section(sweep: RunRecord) -> list[str]:
         "",
         f"{_versions(sweep)}, CPU. Every causal and masked language model of transformers' auto classes, tiny and random, patched as a "
         "whole: with `Dense()` its logits have to be its own, with a window those of eager attention within it (where it has none that "
-        "reads transformers' masks, tokens out of reach must not matter), and unpatching has to bring back its logits bit for bit.",
+        "reads transformers' masks, tokens out of reach must not matter), and unpatching has to bring back its logits bit for bit. Each is "
+        "built in a process without this package, too: what is not built there is counted so, and what is has to compute the same.",
     ]
     for kind, made in sweep.results.items():
         works = [name for name, verdict in made.items() if verdict["outcome"] == WORKS]
