@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from script_inputs import byte_tokenizer, write_model, write_text
 from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -831,6 +832,20 @@ def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
     config = on_cpu(tmp_path, "ddp.yaml")
     folders = train_twice([*inputs, *UNMEASURED], tmp_path, config, 29571)
     check_split_run(*folders, num_processes=2, tokens_per_step=320)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("also", [True, False])
+def test_data_parallel_adapters_are_those_of_one_process(inputs, tmp_path, also):
+    arguments = [*inputs, *UNMEASURED, "--lora_rank=4", f"--lora_norms_and_embeddings={also}"]
+    split, one = train_twice(arguments, tmp_path, on_cpu(tmp_path, "ddp.yaml"), 29577 + also)
+    check_split_run(split, one, num_processes=2, tokens_per_step=320)
+    trained = [
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (split, one)
+    ]
+    assert trained[0].keys() == trained[1].keys() != set()
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow
