@@ -75,8 +75,8 @@ def patch_model(
         `model`.
 
     Raises:
-        ValueError: a layer or a type of layers does not exist or is ambiguous, a layout is made for another number of heads, or `model` is
-            a part of a model that is patched already.
+        ValueError: a layer or a type of layers does not exist or is ambiguous, `dense_every` would leave no layer out, a layout is made
+            for another number of heads, or `model` is a part of a model that is patched already.
         NotImplementedError: attention modules of the model do not go through transformers' attention interface.
     """
     register_when_imported()
