@@ -42,6 +42,7 @@ from evaluate import (
     REPOSITORY,
     check_context,
     check_costs,
+    check_folder,
     find_source,
     own_layout,
     publish,
@@ -242,6 +243,8 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             "model; launch with --config_file scripts/accelerate/ddp.yaml or zero3.yaml."
         )
     folder = Path(training.output_dir)
+    check_folder("output_dir", folder)
+    check_folder("cards", Path(arguments.cards))
     if arguments.resume and not (folder / MANIFEST).exists():
         raise ValueError(
             f"resume got {folder}, which holds no {MANIFEST}; only a run of this script can go on; leave "
