@@ -369,8 +369,9 @@ def assign_layouts(
         if key == ALL_LAYERS:
             if crossing and layout != Dense():
                 problems.append(
-                    f"layout covers all layers, but {crossing} are cross-attention, where a layout has no meaning; name the "
-                    "self-attention layers one by one"
+                    f"layout covers all layers, but {crossing} are cross-attention, where a layout has no meaning; choose the "
+                    f"self-attention layers, as patch_model(..., layers=range({1 + max(filter(None, numbers.values()), default=0)})) does, "
+                    "or name them one by one"
                 )
             for path in paths:
                 if path not in crossing:
@@ -461,12 +462,18 @@ def choose_layers(
         stacks: dict[str, list[str]] = {}
         for path in chosen:
             stacks.setdefault(re.sub(r"\d+", "#", path, count=1), []).append(path)
-        chosen = [
+        sparse = [
             path
             for stack in stacks.values()
             for place, path in enumerate(stack, 1)
             if place % dense_every
         ]
+        if sparse == chosen:
+            raise ValueError(
+                f"dense_every got {dense_every} for at most {max(map(len, stacks.values()))} layers in a row, of which none would keep its "
+                "own attention; it must be at most their number; lower it, or leave it out."
+            )
+        chosen = sparse
     by_layer: dict[LayerKey, Layout] = {}
     all_numbers = [layer_number(path) for path in modules]
     for path in paths:
@@ -650,6 +657,11 @@ def undo_records(model: nn.Module) -> list[tuple[PreTrainedConfig, str | None, d
     return [
         record for module in model.modules() for record in module.__dict__.get(UNDO_ATTRIBUTE, ())
     ]
+
+
+def is_part_of_patched(model: nn.Module) -> bool:
+    """Whether layouts hang on modules of `model` that only a model around it can take off."""
+    return not undo_records(model) and any(state_of(module) for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:

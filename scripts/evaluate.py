@@ -14,6 +14,7 @@ frontier of density, perplexity and time among them) and a card to `model_cards/
 import gc
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -114,6 +115,15 @@ def check_context(context_tokens: int, facts: ModelFacts) -> None:
             f"context_tokens got {context_tokens}, but {facts.name} has {facts.max_positions} positions; "
             "the context must lie within them; shorten it, or extend them with "
             f"--max_position_embeddings {context_tokens}."
+        )
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that results could not be written to in the end."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"{name} got {folder}, but {existing} is not a folder that can be written to; results go there; give another."
         )
 
 
@@ -224,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     protocol.resolve(text.context_tokens)
     check_costs(protocol, device)
+    check_folder("cards", Path(arguments.cards))
     layouts = [read_layout(value) for value in arguments.layouts or ()]
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -36,6 +36,7 @@ from encoder_results import (
 )
 from evaluate import (
     REPOSITORY,
+    check_folder,
     own_layout,
     read_text,
     recorded_arguments,
@@ -117,6 +118,8 @@ def check_arguments(
     if training.output_dir is None:
         raise ValueError("output_dir got nothing; the models must go somewhere; give --output_dir.")
     folder = Path(training.output_dir)
+    check_folder("output_dir", folder)
+    check_folder("cards", Path(arguments.cards))
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir got {folder}, which is not empty; a run needs a folder of its own; give another."
