@@ -16,7 +16,14 @@ import evaluation_card
 import memory_vs_dense
 import patching_overhead
 import short_steps
-from benchmark_results import CaseResult, case_table, grid_results, rate_table, row_of
+from benchmark_results import (
+    CaseResult,
+    break_even_table,
+    case_table,
+    grid_results,
+    rate_table,
+    row_of,
+)
 from card_parts import markdown_table
 from evaluation_results import DENSE, LAYOUT, EvaluationResults
 from sparsify_results import SparsifyResults
@@ -240,8 +247,14 @@ def gpu_attention() -> str:
         there). {GPU_MEANING}
     """)
     others = rate_table(alone, ("ours", "ours_mha", "sdpa_cudnn"))
+    ends = paragraph("""
+        Up to which density of random layouts sparse kernels are faster than a dense one (same record, interpolated between the densities
+        measured; 100 % is the dense layout itself):
+    """)
     tables = (code_block(rate_table(beside_peers, GPU_IMPLEMENTATIONS)), code_block(others))
-    return "\n\n".join((setting, tables[0], more, tables[1]))
+    return "\n\n".join(
+        (setting, tables[0], more, tables[1], ends, code_block(break_even_table(cases)))
+    )
 
 
 def gpu_cases(name: str, options: str, meaning: str) -> str:
