@@ -735,10 +735,10 @@ def make_problem(
     is_last = where.is_uniform and query.shape[2] == 1 and where.query_end == where.key_end
     hides_later = is_causal or (is_last and not layout.depends_on_length(False))
     # Without a mask an index of this problem is right for as long as somebody keeps it.
-    known: dict[tuple[int, int, bool, Strips | None], ReferenceType[BlockIndex]] = {}
+    known: dict[tuple[int, int, bool, tuple[Strips, ...]], ReferenceType[BlockIndex]] = {}
 
     def index_for(
-        tile_q: int, tile_kv: int, of_queries_alone: bool = False, strips: Strips | None = None
+        tile_q: int, tile_kv: int, of_queries_alone: bool = False, strips: tuple[Strips, ...] = ()
     ) -> BlockIndex:
         asked = tile_q, tile_kv, of_queries_alone, strips
         index = known[asked]() if asked in known else None
@@ -750,7 +750,7 @@ def make_problem(
         return index
 
     def find_index(
-        tile_q: int, tile_kv: int, of_queries_alone: bool, strips: Strips | None
+        tile_q: int, tile_kv: int, of_queries_alone: bool, strips: tuple[Strips, ...]
     ) -> BlockIndex:
         options: dict[str, Any] = dict(
             is_causal=hides_later,

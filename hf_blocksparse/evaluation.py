@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, set_forkserver_preload
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -33,6 +34,16 @@ if TYPE_CHECKING:
 NEEDLE_STATEMENT = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 NEEDLE_ANSWER = " {key}"
+
+# Imported once, by the process that fresh ones are forked from. None of them touches a GPU, which could
+# not be used after a fork.
+_PRELOADED = (
+    "hf_blocksparse.evaluation",
+    "hf_blocksparse.ops.hopper",
+    "hf_blocksparse.ops.triton",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -195,7 +206,7 @@ def next_token_losses(
 def chunked_losses(
     head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_tokens: int = 1024
 ) -> Tensor:
-    """Cross-entropy of `head(hidden)` in nats, float32 `[batch, length]`, differentiable.
+    """Cross-entropy of `head(hidden)` in nats, float32 `[batch, length]`, differentiable once.
 
     Args:
         head: output embedding.
@@ -204,16 +215,109 @@ def chunked_losses(
         chunk_tokens: positions whose logits exist at once. With gradients each chunk is recomputed
             in the backward.
     """
+    with_gradients = torch.is_grad_enabled()
+    if with_gradients and _is_bare(head):
+        return _LinearLosses.apply(hidden, head.weight, head.bias, targets, chunk_tokens)
     losses = []
     for hidden_chunk, target_chunk in zip(
         hidden.split(chunk_tokens, 1), targets.split(chunk_tokens, 1), strict=True
     ):
-        if torch.is_grad_enabled():
+        if with_gradients:
             loss = checkpoint(_chunk_loss, head, hidden_chunk, target_chunk, use_reentrant=False)
         else:
             loss = _chunk_loss(head, hidden_chunk, target_chunk)
         losses.append(loss)
     return torch.cat(losses, 1)
+
+
+def _is_bare(head: nn.Module) -> bool:
+    """Whether calling `head` is its matrix product and nothing else: no adapter, no hook that gathers a
+    shard or moves weights.
+    """
+    return (
+        type(head) is nn.Linear
+        and "forward" not in vars(head)
+        and not any(
+            (head._forward_pre_hooks, head._forward_hooks)
+            + (head._backward_pre_hooks, head._backward_hooks)
+        )
+    )
+
+
+class _LinearLosses(torch.autograd.Function):
+    """`chunked_losses` of a matrix product, with a third of the passes over the logits that autograd
+    makes: the slope of a loss by its logits is their softmax, less one at the target.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_tokens: int,
+    ) -> Tensor:
+        device = hidden.device.type
+        ctx.dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else torch.promote_types(hidden.dtype, weight.dtype)
+        )
+        ctx.chunk_tokens = chunk_tokens
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        losses = []
+        for logits, _, target in _LinearLosses.chunks(ctx, hidden, weight, bias, targets):
+            logs = F.log_softmax(logits.flatten(0, 1), -1, dtype=torch.float32)
+            loss = F.nll_loss(logs, target.flatten(), reduction="none")
+            losses.append(loss.view_as(target))
+        return torch.cat(losses, 1)
+
+    @staticmethod
+    def chunks(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Logits, what they are made of, and targets of each chunk."""
+        weight, bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        for states, target in zip(
+            hidden.split(ctx.chunk_tokens, 1), targets.split(ctx.chunk_tokens, 1), strict=True
+        ):
+            states = states.to(ctx.dtype)
+            yield F.linear(states, weight, bias), states, target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        cast = weight.to(ctx.dtype)
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        # Sums over chunks are float32, as long as the sequence may be.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        start = 0
+        for logits, states, target in _LinearLosses.chunks(ctx, hidden, weight, bias, targets):
+            slopes = torch.softmax(logits, -1, dtype=torch.float32)
+            known = target.clamp(min=0)[..., None]
+            slopes.scatter_add_(-1, known, slopes.new_full((), -1.0).expand(known.shape))
+            end = start + target.shape[1]
+            scale = torch.where(target == -100, 0.0, grad[:, start:end])[..., None]
+            slopes = torch.mul(slopes, scale, out=logits)
+            if grad_hidden is not None:
+                grad_hidden[:, start:end] = slopes @ cast
+            rows = slopes.flatten(0, 1)
+            if grad_weight is not None:
+                grad_weight += rows.T @ states.flatten(0, 1)
+            if grad_bias is not None:
+                grad_bias += rows.sum(0, dtype=torch.float32)
+            start = end
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 @contextmanager
@@ -583,12 +687,19 @@ def measure_cost(
 def in_fresh_process(
     function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
 ) -> Result:
-    """Run `function` in a new Python process and return its result; an exception there is raised
-    here.
+    """Run `function` in a new process and return its result; an exception there is raised here.
 
-    The function must be importable (not a lambda), its arguments and result picklable. A process
-    that the system ends, for memory for example, raises
-    `concurrent.futures.process.BrokenProcessPool`.
+    The process is forked from one that has imported what measurements need and done nothing else, so it
+    starts in a second, without a GPU context, and with the environment variables of the first call. The
+    function must be importable (not a lambda), its arguments and result picklable. A process that the
+    system ends, for memory for example, raises `concurrent.futures.process.BrokenProcessPool`.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    prepare_fresh_processes()
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def prepare_fresh_processes() -> None:
+    """Begin, in the background, with the imports of which `in_fresh_process` makes use."""
+    set_forkserver_preload(list(_PRELOADED))
+    forkserver.ensure_running()

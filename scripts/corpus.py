@@ -130,8 +130,14 @@ def load_corpus(
     else:
         from datasets import load_dataset
 
-        rows = islice(load_dataset(name, config, split=split, streaming=True), max_documents)
-        documents = _rows(name, rows, text_column)
+        try:
+            dataset = load_dataset(name, config, split=split, streaming=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"dataset got {name!r} (config {config}, split {split}), which is no file or folder here, and the hub has no such dataset "
+                f"({error}); correct the name, or give a local path."
+            ) from error
+        documents = _rows(name, islice(dataset, max_documents), text_column)
         description = (
             f"hub dataset {name}{f' ({config})' if config else ''}, first {max_documents} documents "
             f"of its {split} split"
@@ -153,16 +159,36 @@ def load_corpus(
 def _documents(folder: Path, files: Iterable[Path], text_column: str) -> Iterator[Document]:
     for file in files:
         name = file.relative_to(folder).as_posix()
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                yield from _rows(name, map(json.loads, lines), text_column)
-        elif file.suffix == ".parquet":
-            from pyarrow import parquet
+        try:
+            if file.suffix == ".jsonl":
+                with file.open(encoding="utf-8") as lines:
+                    yield from _rows(name, _json_rows(name, lines), text_column)
+            elif file.suffix == ".parquet":
+                from pyarrow import parquet
 
-            table = parquet.read_table(file, columns=[text_column])
-            yield from _rows(name, table.to_pylist(), text_column)
-        else:
-            yield Document(name, file.read_text(encoding="utf-8"))
+                columns = parquet.read_schema(file).names
+                rows = [dict.fromkeys(columns)]  # which _rows refuses, with their names
+                if text_column in columns:
+                    rows = parquet.read_table(file, columns=[text_column]).to_pylist()
+                yield from _rows(name, rows, text_column)
+            else:
+                yield Document(name, file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"dataset got {name}, which is not UTF-8 ({error}); text must be; convert it or leave it out."
+            ) from error
+
+
+def _json_rows(name: str, lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"dataset got {name}, whose line {number + 1} is not JSON ({error}); each line must be one object; mend or remove it."
+            ) from error
 
 
 def _by_folder(documents: Iterable[Document]) -> Iterator[Document]:
@@ -176,10 +202,15 @@ def _by_folder(documents: Iterable[Document]) -> Iterator[Document]:
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
-        if text_column not in row:
+        if not isinstance(row, dict) or text_column not in row:
+            columns = f"the columns {sorted(row)}" if isinstance(row, dict) else "none"
             raise ValueError(
-                f"text_column got {text_column!r} for {name}, whose row {number} has the columns "
-                f"{sorted(row)}; name the one that holds the text."
+                f"text_column got {text_column!r} for {name}, whose row {number} has {columns}; name the one that holds the text."
+            )
+        if not isinstance(row[text_column], str):
+            raise ValueError(
+                f"text_column got {text_column!r} for {name}, whose row {number} holds {type(row[text_column]).__name__} there; it must be "
+                "text; name another column or remove the row."
             )
         yield Document(f"{name}:{number:08d}", row[text_column])
 

@@ -37,8 +37,8 @@ class EncoderRow:
         nll_nats: mean loss of a hidden token, in nats.
         accuracy: share of hidden tokens that are the model's first guess.
         window_nll_nats: mean loss of each window.
-        difference: to the trained dense row, window by window; of weights not trained at the new length, to the
-            short ones in chunks. None for these two.
+        difference: to the chunks, window by window: of weights trained at the new length to those trained in
+            chunks, of the others to the short ones. None for these two.
     """
 
     weights: str
@@ -92,7 +92,7 @@ def row_label(row: EncoderRow, results: EncoderResults) -> str:
 
 
 def loss_table(results: EncoderResults) -> str:
-    """Loss and accuracy at the hidden tokens, and the difference to dense attention."""
+    """Loss and accuracy at the hidden tokens, and the difference to dense attention in chunks."""
     cells = []
     for row in results.rows:
         difference = "-"
@@ -162,7 +162,7 @@ def render_encoder(record: RunRecord, record_path: str) -> str:
     base = model.name
     if model.base_model:
         base = f"[{model.base_model}](https://huggingface.co/{model.base_model})"
-    run = results.trainings[0]
+    run = next(run for run in results.trainings if run.attention not in (DENSE, CHUNKS))
     notes = (
         *model.notes,
         "The model came without a masked-token head; a new one was trained first, with all weights, at the old length.",
@@ -192,8 +192,7 @@ model = AutoModelForMaskedLM.from_pretrained("{results.name}")
         f"""Loss at {first.num_hidden:,} hidden tokens, {results.hidden_share:.0%} of {quantity(len(first.window_nll_nats), "window")} of
 {results.context_tokens:,} tokens, each from a document of its own; text: {results.text.description}. All rows are asked for the same
 tokens; in chunks the same text is read {results.short_tokens:,} tokens at a time. *Found*: hidden tokens that are the first guess.
-*Difference*: mean, with its standard error over windows, of weights trained at the new length to those trained with dense attention, of the
-others to the first row.""",
+*Difference*: to the chunks, trained or not as the row is; mean over windows, with its standard error.""",
         "\n".join(f"- {note}" for note in notes),
         "## Training",
         training_table(results),

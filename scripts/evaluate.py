@@ -14,6 +14,7 @@ frontier of density, perplexity and time among them) and a card to `model_cards/
 import gc
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from pretrained import (
     public_name,
 )
 from protocol import (
+    CostArguments,
     Measurements,
     ModelArguments,
     Phases,
@@ -93,7 +95,7 @@ def own_layout(model: PreTrainedModel) -> Layout | None:
     return None if section is None else read_layout(section)
 
 
-def check_costs(protocol: ProtocolArguments, device: torch.device) -> None:
+def check_costs(protocol: CostArguments, device: torch.device) -> None:
     """Refuse what no device of this kind can run."""
     if (
         device.type == "cpu"
@@ -113,6 +115,15 @@ def check_context(context_tokens: int, facts: ModelFacts) -> None:
             f"context_tokens got {context_tokens}, but {facts.name} has {facts.max_positions} positions; "
             "the context must lie within them; shorten it, or extend them with "
             f"--max_position_embeddings {context_tokens}."
+        )
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that results could not be written to in the end."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"{name} got {folder}, but {existing} is not a folder that can be written to; results go there; give another."
         )
 
 
@@ -192,6 +203,13 @@ def publish(
     )
     if not with_card:
         return record
+    card = show(record, results, figures=figures)
+    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
+    return card
+
+
+def show(record: Path, results: EvaluationResults, *, figures: bool) -> Path:
+    """The figures (if wanted) and the card of a record, whose path is returned, and tables on the screen."""
     missing = None if figures else "not wanted"
     if figures and importlib.util.find_spec("matplotlib") is None:
         missing = "matplotlib is not installed"
@@ -203,7 +221,6 @@ def publish(
     print(f"\n{quality_table(results)}\n")
     if results.costs:
         print(f"{cost_table(results)}\n")
-    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
     return card
 
 
@@ -217,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     protocol.resolve(text.context_tokens)
     check_costs(protocol, device)
+    check_folder("cards", Path(arguments.cards))
     layouts = [read_layout(value) for value in arguments.layouts or ()]
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -295,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
         publish_around_costs(
-            publish_with, phases, protocol, source.path, attentions, held_out,
+            publish_with, phases, protocol, source.path, attentions, held_out.tokens.flatten(),
             device=device, dtype=dtype,
         )  # fmt: skip
 

@@ -42,6 +42,7 @@ from evaluate import (
     REPOSITORY,
     check_context,
     check_costs,
+    check_folder,
     find_source,
     own_layout,
     publish,
@@ -242,6 +243,8 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             "model; launch with --config_file scripts/accelerate/ddp.yaml or zero3.yaml."
         )
     folder = Path(training.output_dir)
+    check_folder("output_dir", folder)
+    check_folder("cards", Path(arguments.cards))
     if arguments.resume and not (folder / MANIFEST).exists():
         raise ValueError(
             f"resume got {folder}, which holds no {MANIFEST}; only a run of this script can go on; leave "
@@ -328,6 +331,23 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(
             f"resume got {path.parent} with {'; '.join(changed)}; its checkpoints must come from a run with "
             "equal arguments; give those, or another output_dir for a new run."
+        )
+
+
+@torch.no_grad()
+def check_documents_are_separate(model: PreTrainedModel) -> None:
+    """Raise where a token reads another document, although positions begin anew: some models tell nobody, or have layers that carry on."""
+    tokens, positions = torch.arange(3, 11)[None], torch.arange(8)[None] % 4
+    others = tokens.flip(1).where(torch.arange(8) < 4, tokens)
+    logits = [
+        model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        for ids in (tokens, others)
+    ]
+    changed, kept = (logits[0] - logits[1]).abs().amax(1).split(4)
+    if kept.max() > 1e-3 * changed.max():
+        raise ValueError(
+            f"packing got 'separate' for a {type(model).__name__}, in which a token reads other documents of its window, too: it does not "
+            "tell its attention where positions begin anew, or has layers that carry on; use 'one-document' or 'joined', or another model."
         )
 
 
@@ -502,6 +522,8 @@ def train_one(
     base = load_model(path, torch.device("cpu"))
     use_cache = base.config.use_cache
     set_attention(base, layout)
+    if windows.positions is not None:
+        check_documents_are_separate(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     if arguments.loss_chunk_tokens:
         use_chunked_loss(base, arguments.loss_chunk_tokens)
@@ -776,7 +798,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
         publish_around_costs(
-            publish_with, phases, protocol, source.path, attentions, held_out,
+            publish_with, phases, protocol, source.path, attentions, held_out.tokens.flatten(),
             device=device, dtype=dtype,
         )  # fmt: skip
 

@@ -4,13 +4,14 @@
     python scripts/finetune_encoder.py --output_dir runs/small --model FOLDER --context_tokens 1024 --windows 1 \\
         --head_steps 2 --max_steps 2 --per_device_train_batch_size 1                        # on a CPU
 
-A masked-token head is trained at the model's own length first, with all its weights, as most encoders come
-without one. Then the position table is continued by copies of itself (arXiv 2004.05150) and dense attention
-replaced by the layout. Three are trained alike: the layout and dense attention at the new length, and dense
-attention at the old one, which reads the same text in chunks. All rows are asked for the same hidden tokens,
-before and after.
+A masked-token head is trained at the model's own length first (masked_head.py), with all its weights, as
+most encoders come without one. Then the position table is continued by copies of itself (arXiv 2004.05150)
+and dense attention replaced by the layout. Three are trained alike: dense attention at the old length, which
+reads the same text in chunks, the layout at the new one, and dense attention there. All rows are asked for
+the same hidden tokens, before and after.
 
-Writes models to `OUTPUT_DIR/{short,extended,layout,dense,chunks}`, record and card to `model_cards/NAME`.
+Writes models to `OUTPUT_DIR/{short,extended,chunks,layout,dense}`, record and card to `model_cards/NAME`; the
+record also whenever another row was measured.
 """
 
 import copy
@@ -35,6 +36,7 @@ from encoder_results import (
 )
 from evaluate import (
     REPOSITORY,
+    check_folder,
     own_layout,
     read_text,
     recorded_arguments,
@@ -43,6 +45,7 @@ from evaluate import (
 from evaluation_results import TrainingRun
 from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, training_run
 from layout_argument import LAYOUT_HELP, read_layout
+from masked_head import HeadTraining, train_head
 from pretrained import ModelSource, find_model, load_tokenizer, with_extension_note, write_source
 from protocol import Phases, TextArguments, layout_name, model_facts, set_attention
 from sparsify_results import LayoutFacts
@@ -92,7 +95,11 @@ class EncoderArguments:
     windows: int = field(
         default=16, metadata={"help": "held-out windows, each from a document of its own"}
     )
-    head_steps: int = field(default=1000, metadata={"help": "steps at the old length"})
+    head_steps: int = field(default=4000, metadata={"help": "steps at the old length"})
+    head_rows: int = field(default=32, metadata={"help": "chunks in each of them"})
+    head_graph: bool = field(
+        default=True, metadata={"help": "on a GPU, replay them as a CUDA graph"}
+    )
     head_learning_rate: float = field(
         default=5e-4, metadata={"help": "highest learning rate at the old length"}
     )
@@ -111,6 +118,8 @@ def check_arguments(
     if training.output_dir is None:
         raise ValueError("output_dir got nothing; the models must go somewhere; give --output_dir.")
     folder = Path(training.output_dir)
+    check_folder("output_dir", folder)
+    check_folder("cards", Path(arguments.cards))
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir got {folder}, which is not empty; a run needs a folder of its own; give another."
@@ -124,11 +133,15 @@ def check_arguments(
         raise ValueError(
             f"hidden_share got {arguments.hidden_share}; it must lie between 0 and 1; 0.15 is usual."
         )
-    if min(arguments.windows, arguments.head_steps, training.max_steps) < 1:
-        raise ValueError(
-            f"windows, head_steps and max_steps got {arguments.windows}, {arguments.head_steps} and "
-            f"{training.max_steps}; each must be at least 1; raise them."
-        )
+    counts = {
+        "windows": arguments.windows,
+        "head_steps": arguments.head_steps,
+        "head_rows": arguments.head_rows,
+        "max_steps": training.max_steps,
+    }
+    for key, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{key} got {count}; it must be at least 1; raise it.")
     layout = read_layout(arguments.layout)
     if isinstance(layout, PerLayer | PerHead):
         raise ValueError(
@@ -228,17 +241,16 @@ def train(
     rows: HiddenTokens,
     rows_per_step: int,
     steps: int,
-    learning_rate: float,
 ) -> TrainingRun:
     """Train from the weights at `path`; the model goes to `folder`."""
     device = training.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    torch.manual_seed(training.seed)  # a new head is drawn at loading
+    torch.manual_seed(training.seed)
     model = load_encoder(path, torch.device("cpu"))
     set_attention(model, layout)
     own = copy.copy(training)
-    own.output_dir, own.max_steps, own.learning_rate = str(folder), steps, learning_rate
+    own.output_dir, own.max_steps = str(folder), steps
     own.per_device_train_batch_size = rows_per_step
     trainer = FinetuneTrainer(
         model=model,
@@ -368,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         vocabulary = model.config.vocab_size
         del model
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batch = training.per_device_train_batch_size
     with phases("read the text"):
         corpus = read_text(text)
         # One token more, so that what the tokenizer may put in front of a window can be left out.
@@ -377,59 +389,51 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer,
             window_tokens=context,
             num_held_out=arguments.windows,
-            num_training=(arguments.head_steps + training.max_steps) * per_step,
+            num_training=training.max_steps * batch * training.gradient_accumulation_steps,
             seed=training.seed,
         )
         words = dict(mask=tokenizer.mask_token_id, vocabulary=vocabulary)
         share, seed = arguments.hidden_share, training.seed
         asked = hide_tokens(held_out.tokens[:, 1:], share, seed=seed, always=True, **words)
         shown = hide_tokens(windows.tokens[:, 1:], share, seed=seed + 1, always=False, **words)
-        split = arguments.head_steps * per_step
-        for_head = HiddenTokens(shown.inputs[:split], shown.labels[:split])
-        for_long = HiddenTokens(shown.inputs[split:], shown.labels[split:])
     long_asked, short_asked = asked.rows(first, context - 1), asked.rows(first, short - 1)
-    batch = training.per_device_train_batch_size
     long_rows, short_rows = (
-        dict(rows=for_long.rows(first, tokens - 1), rows_per_step=rows)
+        dict(rows=shown.rows(first, tokens - 1), rows_per_step=rows)
         for tokens, rows in ((context, batch), (short, batch * chunks))
     )
     with phases("train the head"):
-        head_training = train(
-            training,
-            path=source.path,
-            folder=output / SHORT,
-            layout=None,
+        torch.manual_seed(training.seed)  # a new head is drawn at loading
+        model = load_encoder(source.path, device)
+        head_training = train_head(
+            model,
+            windows.tokens[:, 1:].reshape(-1, short - 1),
+            HeadTraining(
+                steps=arguments.head_steps,
+                rows=arguments.head_rows,
+                learning_rate=arguments.head_learning_rate,
+                hidden_share=share,
+                adam_betas=(training.adam_beta1, training.adam_beta2),
+                adam_epsilon=training.adam_epsilon,
+                weight_decay=training.weight_decay,
+                max_grad_norm=training.max_grad_norm,
+                seed=training.seed,
+            ),
+            first=first,
+            mask=tokenizer.mask_token_id,
+            dtype=dtype,
             name=SHORT,
-            rows=for_head.rows(first, short - 1),
-            rows_per_step=batch * chunks,
-            steps=arguments.head_steps,
-            learning_rate=arguments.head_learning_rate,
+            graph=arguments.head_graph and device.type == "cuda",
         )
+        model.save_pretrained(output / SHORT)
+        del model
     with phases("extend the positions"):
         source = extend(source, output / SHORT, output / EXTENDED, text.context_tokens + reserved)
-    trainings = []
-    for folder, each, own, rows in (
-        (LAYOUT, layout, EXTENDED, long_rows),
-        (DENSE, None, EXTENDED, long_rows),
-        (CHUNKS, None, SHORT, short_rows),
-    ):
-        with phases(f"train with {folder}"):
-            trainings.append(
-                train(
-                    training,
-                    path=str(output / own),
-                    folder=output / folder,
-                    layout=each,
-                    name=layout_name(layout) if folder == LAYOUT else folder,
-                    steps=training.max_steps,
-                    learning_rate=training.learning_rate,
-                    **rows,
-                )
-            )
-    with phases("measure"):
-        measured: list[EncoderRow] = []
+    trainings: list[TrainingRun] = []
+    measured: list[EncoderRow] = []
+    record = Path(arguments.cards) / name / "results" / f"{Path(__file__).stem}.json"
 
-        def add(weights: str, attention: str, baseline: EncoderRow | None) -> EncoderRow:
+    def add(weights: str, attention: str, baseline: EncoderRow | None) -> EncoderRow:
+        with phases("measure"):
             model = load_encoder(str(output / weights), device)
             if weights == EXTENDED and attention == LAYOUT:
                 set_attention(model, layout)
@@ -449,51 +453,68 @@ def main(argv: Sequence[str] | None = None) -> None:
                 baseline=baseline,
                 dtype=dtype,
             )
-            measured.append(row)
-            return row
-
-        before = add(SHORT, CHUNKS, None)
-        add(EXTENDED, DENSE, before)
-        add(EXTENDED, LAYOUT, before)
-        trained = add(DENSE, DENSE, None)
-        add(LAYOUT, LAYOUT, trained)
-        add(CHUNKS, CHUNKS, trained)
-    for folder in (LAYOUT, DENSE, CHUNKS, EXTENDED):
-        write_source(source, output / folder)
-    results = EncoderResults(
-        name=name,
-        context_tokens=context,
-        short_tokens=short,
-        hidden_share=arguments.hidden_share,
-        model=replace(facts, notes=source.notes),
-        text=text_facts(corpus, held_out, windows),
-        layout=description,
-        rows=tuple(measured),
-        head_training=head_training,
-        trainings=tuple(trainings),
-    )
-    record = Path(arguments.cards) / name / "results" / f"{Path(__file__).stem}.json"
-    write_record(
-        RunRecord(
-            version=FORMAT_VERSION,
-            script=Path(__file__).name,
-            arguments=recorded_arguments(
-                text,
-                arguments,
-                {key: training.to_dict()[key] for key in DECISIVE},
-                layout=layout.to_dict(),
-                dtype=str(dtype).removeprefix("torch."),
-                name=name,
+        measured.append(row)
+        results = EncoderResults(
+            name=name,
+            context_tokens=context,
+            short_tokens=short,
+            hidden_share=arguments.hidden_share,
+            model=replace(facts, notes=source.notes),
+            text=text_facts(corpus, held_out, windows),
+            layout=description,
+            rows=tuple(measured),
+            head_training=head_training,
+            trainings=tuple(trainings),
+        )
+        write_record(
+            RunRecord(
+                version=FORMAT_VERSION,
+                script=Path(__file__).name,
+                arguments=recorded_arguments(
+                    text,
+                    arguments,
+                    {key: training.to_dict()[key] for key in DECISIVE},
+                    layout=layout.to_dict(),
+                    dtype=str(dtype).removeprefix("torch."),
+                    name=name,
+                ),
+                seed=training.seed,
+                environment=environment,
+                timings_seconds=phases.seconds,
+                results=to_plain(results),
             ),
-            seed=training.seed,
-            environment=environment,
-            timings_seconds=phases.seconds,
-            results=to_plain(results),
-        ),
-        record,
-    )
+            record,
+        )
+        print(f"{loss_table(results)}\n", flush=True)
+        return row
+
+    before = add(SHORT, CHUNKS, None)
+    add(EXTENDED, DENSE, before)
+    add(EXTENDED, LAYOUT, before)
+    trained = None
+    for folder, each, own, rows in (
+        (CHUNKS, None, SHORT, short_rows),
+        (LAYOUT, layout, EXTENDED, long_rows),
+        (DENSE, None, EXTENDED, long_rows),
+    ):
+        with phases(f"train with {folder}"):
+            trainings.append(
+                train(
+                    training,
+                    path=str(output / own),
+                    folder=output / folder,
+                    layout=each,
+                    name=layout_name(layout) if folder == LAYOUT else folder,
+                    steps=training.max_steps,
+                    **rows,
+                )
+            )
+        row = add(folder, folder, trained)
+        trained = trained or row
+        write_source(source, output / folder)
+    write_source(source, output / EXTENDED)
     card = write_model_card(record)
-    print(f"\n{loss_table(results)}\n\n{sum(phases.seconds.values()):.0f} s in all; {card}")
+    print(f"{sum(phases.seconds.values()):.0f} s in all; {card}")
 
 
 if __name__ == "__main__":

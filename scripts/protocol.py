@@ -107,7 +107,44 @@ class TextArguments:
 
 
 @dataclass
-class ProtocolArguments:
+class CostArguments:
+    """Of which time and memory are measured."""
+
+    cost_tokens: list[int] | None = field(
+        default=None, metadata={"help": "lengths at which costs are measured; default: the context"}
+    )
+    cost_attentions: list[str] = field(
+        default_factory=lambda: ["sdpa", "layout"],
+        metadata={"help": "among eager, sdpa, flex_attention, none, layout and window"},
+    )
+    cost_work: str = field(
+        default=FORWARD_AND_BACKWARD,
+        metadata={"help": "what costs are of", "choices": [FORWARD, FORWARD_AND_BACKWARD]},
+    )
+    cost_weights: str = field(
+        default="float32",
+        metadata={
+            "help": "dtype of the weights where costs are measured: float32 with autocast, as trained, or bfloat16",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    cost_repetitions: int = field(default=3, metadata={"help": "timed calls; 0: no costs"})
+
+    def check_costs(self) -> None:
+        """Refuse what cannot be measured, before anything is loaded."""
+        if self.cost_tokens is not None and min(self.cost_tokens) < 2:
+            raise ValueError(
+                f"cost_tokens got {self.cost_tokens}; each must be at least 2; raise them."
+            )
+        known = (*IMPLEMENTATIONS, LAYOUT, "window")
+        if unknown := [name for name in self.cost_attentions if name not in known]:
+            raise ValueError(
+                f"cost_attentions got {unknown}; it must be among {known}; correct it."
+            )
+
+
+@dataclass
+class ProtocolArguments(CostArguments):
     """What is measured. Counts of 0 leave a measurement out; None is derived from the context."""
 
     windows: int = field(
@@ -146,25 +183,6 @@ class ProtocolArguments:
         default=None,
         metadata={"help": "between passkey and question; default: 0, 1/16, 1/4, 1/2 and 3/4"},
     )
-    cost_tokens: list[int] | None = field(
-        default=None, metadata={"help": "lengths at which costs are measured; default: the context"}
-    )
-    cost_attentions: list[str] = field(
-        default_factory=lambda: ["sdpa", "layout"],
-        metadata={"help": "among eager, sdpa, flex_attention, none, layout and window"},
-    )
-    cost_work: str = field(
-        default=FORWARD_AND_BACKWARD,
-        metadata={"help": "what costs are of", "choices": [FORWARD, FORWARD_AND_BACKWARD]},
-    )
-    cost_weights: str = field(
-        default="float32",
-        metadata={
-            "help": "dtype of the weights where costs are measured: float32 with autocast, as trained, or bfloat16",
-            "choices": ["float32", "bfloat16"],
-        },
-    )
-    cost_repetitions: int = field(default=3, metadata={"help": "timed calls; 0: no costs"})
 
     def resolve(self, context_tokens: int) -> None:
         """Fill in what was left out, and check it before anything is loaded."""
@@ -194,10 +212,10 @@ class ProtocolArguments:
             self.needle_distances = [int(context_tokens * share) for share in shares]
         if self.cost_tokens is None:
             self.cost_tokens = [context_tokens]
-        if self.windows < 1 or self.bucket_tokens < 1 or min(self.cost_tokens) < 2:
+        if self.windows < 1 or self.bucket_tokens < 1:
             raise ValueError(
-                f"windows, bucket_tokens and cost_tokens got {self.windows}, {self.bucket_tokens} and "
-                f"{self.cost_tokens}; they must be at least 1, 1 and 2; raise them."
+                f"windows and bucket_tokens got {self.windows} and {self.bucket_tokens}; both must be at "
+                "least 1; raise them."
             )
         if outside := [
             cut for cut in self.cut_tokens if not self.score_tokens < cut < context_tokens
@@ -221,11 +239,7 @@ class ProtocolArguments:
                     f"{name} got {getattr(self, name)} of {self.windows} windows; each is made from a "
                     "held-out window of its own; lower it or raise windows."
                 )
-        known = (*IMPLEMENTATIONS, LAYOUT, "window")
-        if unknown := [name for name in self.cost_attentions if name not in known]:
-            raise ValueError(
-                f"cost_attentions got {unknown}; it must be among {known}; correct it."
-            )
+        self.check_costs()
 
 
 def layout_name(layout: Layout) -> str:
@@ -340,7 +354,7 @@ def set_attention(model: PreTrainedModel, layout: Layout | None) -> None:
 
 
 class Phases:
-    """Says what is being done, and keeps how long it took."""
+    """Says what is being done, and keeps how long it took, all times together."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
@@ -352,7 +366,7 @@ class Phases:
             print(f"\n== {name}", flush=True)
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def score_windows(
@@ -496,7 +510,7 @@ def publish_around_costs(
     arguments: ProtocolArguments,
     path: str,
     attentions: dict[str, tuple[AttentionFacts, Layout | None]],
-    held_out: Windows,
+    text: Tensor,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -507,24 +521,30 @@ def publish_around_costs(
         costs = []
         with phases("measure time and memory"):
             for cost in measure_costs(
-                arguments, path, attentions, held_out, device=device, dtype=dtype
-            ):
+                arguments, path, attentions, text,
+                score_tokens=arguments.score_tokens or 1, device=device, dtype=dtype,
+            ):  # fmt: skip
                 costs.append(cost)
                 publish(costs, with_card=False)
         publish(costs, with_card=True)
 
 
 def measure_costs(
-    arguments: ProtocolArguments,
+    arguments: CostArguments,
     path: str,
     attentions: dict[str, tuple[AttentionFacts, Layout | None]],
-    held_out: Windows,
+    text: Tensor,
     *,
+    score_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[LengthCost]:
-    """Time and memory of the whole model at every length, each in a process of its own."""
-    assert arguments.cost_tokens is not None and arguments.score_tokens is not None
+    """Time and memory of the whole model at every length, each in a process of its own.
+
+    Args:
+        text: int64 `[tokens]`. Any text costs the same; it is repeated where it is shorter.
+    """
+    assert arguments.cost_tokens is not None
     jobs: list[tuple[str, Layout | None]] = []
     roles = {LAYOUT: LAYOUT, "window": SAME_BUDGET}
     for wanted in arguments.cost_attentions:
@@ -536,7 +556,6 @@ def measure_costs(
             ]
         else:
             jobs.append((wanted, None))
-    text = held_out.tokens.flatten()
     bar = tqdm(
         [(tokens, job) for tokens in arguments.cost_tokens for job in jobs],
         desc="  costs",
@@ -544,7 +563,6 @@ def measure_costs(
     )
     for tokens, (name, layout) in bar:
         bar.set_postfix_str(f"{name}, {tokens:,} tokens")
-        # Any text costs the same; held-out text is repeated where it is shorter.
         window = text.repeat(-(-tokens // len(text)))[:tokens]
         measure = partial(
             whole_model,
@@ -553,7 +571,7 @@ def measure_costs(
             path=path,
             tokens=[window.tolist()],
             work=arguments.cost_work,
-            first_target=max(1, tokens - arguments.score_tokens),
+            first_target=max(1, tokens - score_tokens),
             device=device,
             dtype=dtype,
             repetitions=arguments.cost_repetitions,

@@ -23,7 +23,12 @@ from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_ke
 from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.launch import SPLITS_AT_ONCE
-from hf_blocksparse.ops.triton.tile_sizes import TileSizes, gathered_tile_sizes, tile_sizes
+from hf_blocksparse.ops.triton.tile_sizes import (
+    TileSizes,
+    gathered_tile_sizes,
+    narrow_tile_sizes,
+    tile_sizes,
+)
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
 TARGETS = {
@@ -52,6 +57,8 @@ class Case:
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
     gathered: bool = False  # from strips
+    members: int = 1  # heads whose rows fill a query tile
+    narrow: bool = False  # from strips, for one block of keys
     in_parts: bool = False  # some key tiles in several programs
 
 
@@ -63,7 +70,9 @@ CASES = (
     Case("bf16", 256, 64, aligned=False, in_parts=True),
     Case("fp32", 64, 16, features=True),
     Case("bf16", 128, 16, gathered=True, in_parts=True),
-    Case("fp16", 256, 16, gathered=True, features=True),
+    Case("bf16", 128, 16, gathered=True, members=4),
+    Case("bf16", 128, 16, narrow=True, in_parts=True),
+    Case("fp16", 256, 16, gathered=True, members=2, features=True),
 )
 
 
@@ -151,6 +160,9 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     streamed_names = ("key", "value") if stationary_is_query else ("query", "grad_out")
     for tensor, dim in zip(streamed_names, (case.head_dim, value_dim), strict=True):
         arguments[f"{tensor}_descriptor"] = descriptor(case.dtype, streamed, dim)
+    if stationary_is_query:
+        arguments["heads_per_list"] = INT if case.members > 1 else Constant(1)
+        arguments["MEMBERS"] = Constant(case.members)
     if name == "forward":
         arguments["sinks"] = pointer("fp32") if case.features else none
         arguments["out"] = rows(case, case.dtype)
@@ -324,6 +336,7 @@ def main(name: str) -> None:
             print_record("combine", case, sizes, compile_combine(target, case))
         for kernel_name, kernel in KERNELS.items():
             choose = gathered_tile_sizes if case.gathered else tile_sizes
+            choose = narrow_tile_sizes if case.narrow else choose
             sizes = choose(
                 target.backend,
                 capability,
@@ -333,7 +346,7 @@ def main(name: str) -> None:
                 ELEMENT_BYTES[case.dtype],
                 case.block_size,
             )
-            if sizes is None:  # tiles are no larger than blocks there
+            if sizes is None:  # tiles are no larger than blocks there, or not known to be worth it
                 continue
             arguments = kernel_arguments(kernel_name, case, sizes, has_descriptors)
             options = {

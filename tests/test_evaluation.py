@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_blocksparse.evaluation import (
@@ -124,6 +125,49 @@ def test_repeat_probe_scores_passage_and_copy(model, windows):
     assert losses[:, 30:].shape[1] == 11
     assert result.first_perplexity == pytest.approx(first, rel=1e-5)
     assert result.copy_perplexity == pytest.approx(copy, rel=1e-5)
+
+
+class WrappedLinear(nn.Linear):
+    """A head that is more than its matrix product, for all that the loss knows."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_losses_do_not_depend_on_what_the_head_is(dtype, bias, autocast):
+    """Gradients of a plain linear head, made by hand, beside those of autograd."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 23, 16, dtype=dtype)
+    targets = torch.randint(50, (2, 23))
+    targets[:, ::4] = -100
+    factors = torch.rand(2, 23)
+    plain, wrapped = nn.Linear(16, 50, bias, dtype=dtype), WrappedLinear(16, 50, bias, dtype=dtype)
+    wrapped.load_state_dict(plain.state_dict())
+    found = []
+    for head in (plain, wrapped):
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = chunked_losses(head, leaf[:, :-1], targets[:, 1:], chunk_tokens=5)
+        (losses * factors[:, 1:]).sum().backward()
+        found.append([losses, leaf.grad, *(parameter.grad for parameter in head.parameters())])
+    assert type(found[0][0].grad_fn) is not type(found[1][0].grad_fn)
+    close = 1e-6 if dtype == torch.float32 and not autocast else 2e-2
+    torch.testing.assert_close(found[0], found[1], rtol=close, atol=close)
+    assert found[0][0].dtype == torch.float32 and (found[0][0][targets[:, 1:] == -100] == 0).all()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    head = nn.Linear(16, 50).requires_grad_(False)
+    hidden = torch.randn(1, 9, 16, requires_grad=True)
+    chunked_losses(head, hidden, torch.randint(50, (1, 9)), chunk_tokens=4).sum().backward()
+    assert head.weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_hooks_of_the_head_are_called():
+    head, seen = nn.Linear(16, 50), []
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    chunked_losses(head, torch.randn(1, 9, 16), torch.randint(50, (1, 9)), chunk_tokens=4)
+    assert seen == [(1, 4, 50), (1, 4, 50), (1, 1, 50)]
 
 
 def test_chunked_losses_skip_targets_of_minus_100(model, windows):

@@ -1,5 +1,6 @@
 """Evaluation and fine-tuning, end to end on a tiny random model and local text, and what they are made of."""
 
+import copy
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from script_inputs import byte_tokenizer, write_model, write_text
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_blocksparse import (
@@ -42,6 +44,7 @@ import evaluation_card  # noqa: E402
 import evaluation_figures  # noqa: E402
 import finetune  # noqa: E402
 import layout_argument  # noqa: E402
+import measure_costs  # noqa: E402
 import plot  # noqa: E402
 import pretrained  # noqa: E402
 import protocol  # noqa: E402
@@ -287,6 +290,62 @@ def test_costs_are_on_record_as_soon_as_they_are_measured(evaluation, monkeypatc
     assert published == [((), True), (costs[:1], False)]
 
 
+def test_costs_are_added_to_a_record(evaluation, model_folder, tmp_path):
+    """Others stay, the same is replaced, and the card shows them all."""
+    record = tmp_path / "two" / "results" / "evaluate.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(evaluation.read_bytes())
+    words = [str(record), f"--model={model_folder}", "--cost_repetitions=1", "--figures=False"]
+    measure_costs.main([*words, "--cost_tokens", "64", "96", "--cost_attentions", "layout"])
+    before, after = results_of(evaluation), results_of(record)
+
+    def measured(results):
+        return {(cost.tokens, cost.row.attention): cost.row.cost for cost in results.costs}
+
+    old, new = measured(before), measured(after)
+    layouts = {facts.name for facts in before.attentions if facts.role == "layout"}
+    assert len(layouts) == 2
+    assert new.keys() - old.keys() == {(96, name) for name in layouts}
+    assert {key for key in old if new[key] != old[key]} == {(64, name) for name in layouts}
+    assert [cost.tokens for cost in after.costs] == sorted(cost.tokens for cost in after.costs)
+    assert replace(after, costs=before.costs) == before
+    assert re.search(r"\| 96 +\|", (tmp_path / "two" / "README.md").read_text())
+    (call,) = read_record(record).arguments["measured_costs"]
+    assert call["cost_tokens"] == [64, 96] and call["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cost_weights=bfloat16"], "cost_weights got bfloat16, but the costs on the record are of float32"),
+        (["--cost_attentions=fast"], r"cost_attentions got \['fast'\]"),
+        (["--cost_repetitions=0"], "cost_repetitions got 0"),
+    ],
+)  # fmt: skip
+def test_costs_that_do_not_fit_a_record_are_refused(evaluation, model_folder, words, message):
+    before = evaluation.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        measure_costs.main([str(evaluation), f"--model={model_folder}", *words])
+    assert evaluation.read_bytes() == before
+
+
+def test_costs_of_another_machine_or_model_are_refused(
+    evaluation, model_folder, tmp_path, monkeypatch
+):
+    here = measure_costs.describe_environment(CPU)
+    with monkeypatch.context() as patch:
+        elsewhere = replace(here, device="NVIDIA H200")
+        patch.setattr(measure_costs, "describe_environment", lambda device: elsewhere)
+        with pytest.raises(ValueError, match="record got results from device cpu"):
+            measure_costs.main([str(evaluation), f"--model={model_folder}"])
+    other = tmp_path / "other"
+    write_model(other, num_hidden_layers=1)
+    with pytest.raises(
+        ValueError, match="model got one with 1 layers of 4 heads; the record is of"
+    ):
+        measure_costs.main([str(evaluation), f"--model={other}"])
+
+
 def test_costs_are_those_of_the_weights_asked_for(model_folder, monkeypatch):
     seen = []
 
@@ -345,7 +404,8 @@ def test_without_attention_no_token_reads_another(model_folder):
         ({"probe_gap_tokens": [0, 200]}, r"probe_gap_tokens got \[0, 200\], which with two"),
         ({"needle_trials": 3}, "needle_trials got 3 of 2 windows"),
         ({"probe_passages": 3}, "probe_passages got 3 of 2 windows"),
-        ({"windows": 0}, "windows, bucket_tokens and cost_tokens got 0"),
+        ({"windows": 0}, "windows and bucket_tokens got 0"),
+        ({"cost_tokens": [1]}, r"cost_tokens got \[1\]; each must be at least 2"),
         ({"cost_attentions": ["fast"]}, r"cost_attentions got \['fast'\]; it must be among"),
     ],
 )
@@ -815,10 +875,35 @@ def check_resumed(folder, arguments, config, *options):
     assert weights(folder) == before
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "gpt_oss", "qwen3_next"])
+def test_separate_documents_are_refused_where_they_are_read_across(family):
+    model = make_model(family, "eager")
+    for patched in (model, patch_model(copy.deepcopy(model), SinkWindow(2, 5))):
+        if family in ("llama", "gemma3", "mixtral"):
+            finetune.check_documents_are_separate(patched)
+        else:
+            with pytest.raises(ValueError, match="packing got 'separate' for a .* another model"):
+                finetune.check_documents_are_separate(patched)
+
+
 def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
     config = on_cpu(tmp_path, "ddp.yaml")
     folders = train_twice([*inputs, *UNMEASURED], tmp_path, config, 29571)
     check_split_run(*folders, num_processes=2, tokens_per_step=320)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("also", [True, False])
+def test_data_parallel_adapters_are_those_of_one_process(inputs, tmp_path, also):
+    arguments = [*inputs, *UNMEASURED, "--lora_rank=4", f"--lora_norms_and_embeddings={also}"]
+    split, one = train_twice(arguments, tmp_path, on_cpu(tmp_path, "ddp.yaml"), 29577 + also)
+    check_split_run(split, one, num_processes=2, tokens_per_step=320)
+    trained = [
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (split, one)
+    ]
+    assert trained[0].keys() == trained[1].keys() != set()
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -1035,6 +1120,14 @@ def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path,
         (["--layout={small}"], "128"),
         (["--layout={layers}"], "layer 7"),
         (["--max_steps=0"], "max_steps got 0"),
+        (
+            ["--output_dir={short}"],
+            "output_dir got .*short.txt, but .* is not a folder that can be",
+        ),
+        (
+            ["--cards={short}/cards"],
+            "cards got .*cards, but .*short.txt is not a folder that can be",
+        ),
         (["--resume_from_checkpoint=x"], "resume_from_checkpoint got 'x'"),
         (["--eval_strategy=steps", "--eval_steps=1"], "eval_strategy got"),
         (["--use_liger_kernel"], "use_liger_kernel got True with loss_chunk_tokens 1024"),

@@ -354,6 +354,44 @@ def test_bad_text_is_refused(tmp_path, text_folder):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{oops\n', "dataset got a.jsonl, whose line 3 is not JSON"),
+        ("a.jsonl", b'["a"]\n', "text_column got 'text' for a.jsonl, whose row 0 has none"),
+        ("a.jsonl", b'{"text": null}', "whose row 0 holds NoneType there; it must be text"),
+        ("a.jsonl", b'{"body": "a"}', r"whose row 0 has the columns \['body'\]"),
+        ("a.txt", "café".encode("latin-1"), "dataset got a.txt, which is not UTF-8"),
+    ],
+)
+def test_unreadable_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        corpus.load_corpus(str(tmp_path))
+
+
+def test_a_parquet_file_without_the_text_column_is_refused(tmp_path):
+    from pyarrow import Table, parquet
+
+    rows = [{"content": "a", "number": 1}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"'text' for a.parquet.* columns \['content', 'number'\]"):
+        corpus.load_corpus(str(tmp_path))
+    named = corpus.load_corpus(str(tmp_path), text_column="content")
+    assert [document.text for document in named.documents] == ["a"]
+
+
+def test_a_dataset_that_is_nowhere_is_refused(monkeypatch):
+    def load_dataset(name, *arguments, **options):
+        raise FileNotFoundError(f"Couldn't find any data file at {name}.")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(
+        ValueError, match="dataset got '/no/folder' .* no file or folder here.*find"
+    ):
+        corpus.load_corpus("/no/folder")
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     def missing(name):
         raise pretrained.importlib.metadata.PackageNotFoundError(name)
