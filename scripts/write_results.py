@@ -284,10 +284,14 @@ def gpu_short_steps() -> str:
     path = "docs/results/gpu_short_steps.json"
     record = read_record(ROOT / path)
     results = from_plain(short_steps.Results, record.results)
+    arguments = record.arguments
+    forms, lengths = (" ".join(map(str, arguments[name])) for name in ("forms", "lengths"))
+    options = f"--forms {forms} --lengths {lengths} --rounds {arguments['rounds']} --steps {arguments['steps']}"
     setting = paragraph(f"""
         Forward, loss and backward of one window through the SmolLM2-135M architecture in bfloat16, where the CPU decides: nothing is gained
-        by computing less attention, and starting ours takes longer than starting SDPA. {machine(record.environment)}.
-        `python scripts/short_steps.py`, [record](../{path}):
+        by computing less attention, and starting ours takes longer than starting SDPA. Differences of a few per cent
+        mean nothing here: rounds of one form differ by more.
+        {machine(record.environment)}. `python scripts/short_steps.py {options}`, [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(short_steps.table(results))}"
 
