@@ -1177,6 +1177,20 @@ def test_caches_that_do_not_say_which_keys_they_give_are_refused():
         model.generate_batch(inputs=[[5, 6, 7]], generation_config=options)
 
 
+def test_the_prefix_of_paged_attention_is_refused_or_means_the_same(recwarn):
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    tokens = make_batch(24, padded=False)["input_ids"]
+    expected = model(tokens).logits
+    try:
+        model.set_attn_implementation("paged|block_sparse")
+    except (
+        ValueError
+    ) as refusal:  # by older releases, which know the prefix for their own implementations alone
+        assert "paged|block_sparse" in str(refusal)
+    assert not [warning for warning in recwarn if "runs dense" in str(warning.message)]
+    assert torch.equal(model(tokens).logits, expected)
+
+
 @pytest.mark.parametrize(
     "shape", [(24,), (3,), (3, 1, 24), (3, 24, 24), (3, 1, 1, 24, 24), (2, 24)]
 )
