@@ -69,7 +69,8 @@ def resolve_layout(layout: Layout | str | Tensor, block_size: int | None = None)
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    _check_is_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        _check_is_tensor(name, tensor)
     return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
 
 
@@ -466,16 +467,15 @@ def block_sparse_attention(
         spec_of("value", value),
         None if sinks is None else spec_of("sinks", sinks),
     )
-    options: dict[str, Any] = dict(
-        enable_gqa=enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap
-    )
     resolved = resolve_layout(layout, block_size)
     slopes_need_grad = False
     if alibi_slopes is not None:
         alibi_slopes = _resolve_slopes(alibi_slopes, query)
         slopes_need_grad = alibi_slopes.requires_grad and torch.is_grad_enabled()
     if is_traced:
-        _check_call(*specs, **options)
+        _check_call(
+            *specs, enable_gqa=enable_gqa, dropout_p=dropout_p, scale=scale, softcap=softcap
+        )
         out, lse = record_call(
             query,
             key,
@@ -504,11 +504,14 @@ def block_sparse_attention(
         document_ids=document_ids,
         sequences=sequences,
         query_start=query_start,
+        dropout_p=dropout_p,
         dropout_seed=_draw_seed(dropout_p, query.device),
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
         allow_empty_rows=allow_empty_rows,
         impl=impl,
         slopes_need_grad=slopes_need_grad,
-        **options,
     )
     if torch.is_autocast_enabled(query.device.type):
         # It would round the scores to its dtype; accumulation is in float32.
@@ -604,20 +607,38 @@ def prepare(
     sinks: TensorSpec | None,
     layout: Layout,
     *,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    sequences: Sequences | None,
+    query_start: int | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
     scale: float | None,
+    enable_gqa: bool,
     softcap: float | None,
-    **options: Any,
+    allow_empty_rows: bool,
+    impl: str,
+    slopes_need_grad: bool,
 ) -> tuple[ModuleType, Problem]:
     """The implementation of a call of `block_sparse_attention` and what it is given, after all checks."""
     scale = None if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    options = dict(scale=scale, softcap=softcap, **options)
-    tensors = ("attn_mask", "key_padding_mask", "document_ids", "dropout_seed")
-    sequences = options["sequences"]
-    is_transient = isinstance(sequences, Sequences) and sequences.is_transient
-    if is_transient or any(options[name] is not None for name in tensors):
-        return _prepare(query, key, value, sinks, layout, **options)
-    chosen, problem = _prepare_known(query, key, value, sinks, layout, **options)
+    values = (
+        query, key, value, sinks, layout, is_causal, sequences, query_start, dropout_p, scale,
+        enable_gqa, softcap, allow_empty_rows, impl, slopes_need_grad,
+    )  # fmt: skip
+    is_known = (
+        attn_mask is None
+        and key_padding_mask is None
+        and document_ids is None
+        and dropout_seed is None
+        and not (isinstance(sequences, Sequences) and sequences.is_transient)
+    )
+    if not is_known:
+        return _prepare(*values, attn_mask, key_padding_mask, document_ids, dropout_seed)
+    chosen, problem = _prepare_known(*values)
     keep_for_capture(query.device, problem.sequences)
     return chosen, problem
 
@@ -628,16 +649,49 @@ def _prepare(
     value: TensorSpec,
     sinks: TensorSpec | None,
     layout: Layout,
-    *,
+    is_causal: bool,
+    sequences: Sequences | None,
+    query_start: int | None,
+    dropout_p: float,
+    scale: float | None,
     enable_gqa: bool,
+    softcap: float | None,
+    allow_empty_rows: bool,
     impl: str,
     slopes_need_grad: bool,
-    **options: Any,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[ModuleType, Problem]:
-    factors = {name: options[name] for name in ("dropout_p", "scale", "softcap")}
-    _check_call(query, key, value, sinks, enable_gqa=enable_gqa, **factors)
+    _check_call(
+        query,
+        key,
+        value,
+        sinks,
+        enable_gqa=enable_gqa,
+        dropout_p=dropout_p,
+        scale=scale,
+        softcap=softcap,
+    )
     chosen = choose_implementation(impl, query, key, value, slopes_need_grad)
-    return chosen, make_problem(query, key, layout, portable=impl != "auto", **options)
+    return chosen, make_problem(
+        query,
+        key,
+        layout,
+        is_causal=is_causal,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        document_ids=document_ids,
+        sequences=sequences,
+        query_start=query_start,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        scale=scale,
+        softcap=softcap,
+        allow_empty_rows=allow_empty_rows,
+        portable=impl != "auto",
+    )
 
 
 # Where nothing but the operands is a tensor: checks in Python take longer than a short attention.
@@ -681,10 +735,10 @@ def make_problem(
     is_last = where.is_uniform and query.shape[2] == 1 and where.query_end == where.key_end
     hides_later = is_causal or (is_last and not layout.depends_on_length(False))
     # Without a mask an index of this problem is right for as long as somebody keeps it.
-    known: dict[tuple[int, int, bool, Strips | None], ReferenceType[BlockIndex]] = {}
+    known: dict[tuple[int, int, bool, tuple[Strips, ...]], ReferenceType[BlockIndex]] = {}
 
     def index_for(
-        tile_q: int, tile_kv: int, of_queries_alone: bool = False, strips: Strips | None = None
+        tile_q: int, tile_kv: int, of_queries_alone: bool = False, strips: tuple[Strips, ...] = ()
     ) -> BlockIndex:
         asked = tile_q, tile_kv, of_queries_alone, strips
         index = known[asked]() if asked in known else None
@@ -696,7 +750,7 @@ def make_problem(
         return index
 
     def find_index(
-        tile_q: int, tile_kv: int, of_queries_alone: bool, strips: Strips | None
+        tile_q: int, tile_kv: int, of_queries_alone: bool, strips: tuple[Strips, ...]
     ) -> BlockIndex:
         options: dict[str, Any] = dict(
             is_causal=hides_later,

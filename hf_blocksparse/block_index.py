@@ -13,6 +13,7 @@ are looked at, and only one of those that must have equal content.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
@@ -141,12 +142,28 @@ class Strips(NamedTuple):
 
     A tile of small blocks holds their union. Strips as wide as a block leave out what none of the tile's blocks keeps, and cost the
     kernel's gathering: they pay on scattered blocks and not on a window. An index that is offered strips is built of them where they
-    hold at most `max_share` of the coefficients that the tiles would; its own tile shape says which they are.
+    hold at most `max_share` of the coefficients that the tiles would, of several kinds of those furthest below theirs; its own tile shape
+    says which they are.
+
+    With a `group_size`, of so many heads that read the same keys those that share a list fill the rows of a tile together, each with fewer
+    queries: with one block of them no row of the tile computes what it does not keep. Such strips are `tile_q / members` queries high,
+    where `members`, a power of two, is how many heads' rows make a tile. There are none of that kind where no heads share a list.
     """
 
     tile_q: int
     tile_kv: int
     max_share: float
+    group_size: int = 1
+
+    def shape(self, heads_per_list: int) -> tuple[int, int, float] | None:
+        """Their shape where runs of `heads_per_list` heads share a list, and the rows that a tile has for each that is there."""
+        shared = math.gcd(self.group_size, heads_per_list)
+        # Fewer queries than a block would load its keys more often for the same rows.
+        most = max(1, self.tile_q // self.tile_kv)
+        members = min(1 << (shared - 1).bit_length(), most)
+        if members == 1 < self.group_size:
+            return None
+        return self.tile_q // members, self.tile_kv, members * -(-shared // members) / shared
 
 
 @dataclass(frozen=True)
@@ -164,19 +181,25 @@ def _build(
     list_of: Tensor,
     tile_q: int,
     tile_kv: int,
-    strips: Strips | None,
+    strips: tuple[Strips, ...],
     query_begin: int,
     query_end: int,
     key_end: int,
     device: torch.device,
 ) -> BlockIndex:
     check_not_capturing(device, "the block index of this layout")
-    if strips is not None:
+    if strips:
         span = query_begin, query_end, key_end
-        in_tiles = _computed(groups, tile_q, tile_kv, *span, device)
-        in_strips = _computed(groups, strips.tile_q, strips.tile_kv, *span, device)
-        if in_strips <= strips.max_share * in_tiles:
-            tile_q, tile_kv, _ = strips
+        least: float = _computed(groups, tile_q, tile_kv, *span, device)
+        for kind in strips:
+            shape = kind.shape(_heads_per_list(list_of))
+            if shape is None:
+                continue
+            strip_q, strip_kv, rows = shape
+            in_strips = rows * _computed(groups, strip_q, strip_kv, *span, device)
+            if in_strips <= kind.max_share * least:
+                least = in_strips / kind.max_share
+                tile_q, tile_kv = strip_q, strip_kv
     first_q = query_begin // tile_q
     num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)
     parts: list[tuple[Tensor, Tensor]] = []
@@ -380,7 +403,7 @@ def build_index(
     tile_kv: int,
     device: torch.device,
     query_begin: int = 0,
-    strips: Strips | None = None,
+    strips: tuple[Strips, ...] = (),
 ) -> BlockIndex:
     """The index of `layout` (intersected with causality) for queries of `[query_begin, query_end)` and keys up to `key_end`."""
     context = RuleContext(is_causal, max(query_end, key_end), num_heads, device)
@@ -400,7 +423,7 @@ def build_index_per_sequence(
     tile_kv: int,
     device: torch.device,
     query_begin: int = 0,
-    strips: Strips | None = None,
+    strips: tuple[Strips, ...] = (),
 ) -> BlockIndex:
     """The index where lists differ between sequences: the layout depends on their length, or there is an `attn_mask`.
 
@@ -523,9 +546,9 @@ def get_index(
     tile_kv: int,
     device: torch.device,
     of_queries_alone: bool = False,
-    strips: Strips | None = None,
+    strips: tuple[Strips, ...] = (),
 ) -> BlockIndex:
-    """The index for a call, from the cache where it is known; with `strips` it is built of those or of tiles, see `Strips`.
+    """The index for a call, from the cache where it is known; with `strips` it is built of one kind of those or of tiles, see `Strips`.
 
     With `of_queries_alone` it may leave out the query tiles before `sequences.query_begin`, and does where queries are few: what a
     decoding step costs is then that of the tiles its rows keep, at any length, and with causality one index serves `QUERY_SPAN` steps.
@@ -580,10 +603,10 @@ def get_index(
             device,
             lambda: build_index(layout, query_end=query_end, key_end=key_end, **options),
         )
-        if strips is None:
+        if not strips:
             return index
         # Who asks for the chosen shape by itself gets the same tensors.
-        chosen = dict(options, tile_q=index.tile_q, tile_kv=index.tile_kv, strips=None)
+        chosen = dict(options, tile_q=index.tile_q, tile_kv=index.tile_kv, strips=())
         return _cache.get((layout, *chosen.values(), query_end, key_end), lambda: index)
 
     return _cache.get(key, build)

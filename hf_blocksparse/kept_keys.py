@@ -53,6 +53,7 @@ class KeptKeys:
     layer: weakref.ref[FreeingLayer]
 
     def put_on(self, key: Tensor) -> None:
+        """Leave this on the keys that a cache returns, where the attention function finds it."""
         setattr(key, _ATTRIBUTE, self)
 
     def attend(

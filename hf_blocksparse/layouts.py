@@ -71,6 +71,7 @@ def _check_count(owner: object, name: str, least: int) -> None:
 
 
 def check_block_size(block_size: object, owner: str) -> None:
+    """Raises ValueError, in the name of `owner`, where `block_size` is none of `BLOCK_SIZES`."""
     # A float or a tensor may equal a size, but is none.
     if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(

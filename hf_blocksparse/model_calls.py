@@ -100,12 +100,12 @@ def weights_are_collected() -> bool:
 
 def refuse_unknown(state: LayerAttention, kwargs: Mapping[str, Any]) -> None:
     """Raise NotImplementedError for arguments of an attention call that would not be honoured."""
-    asked = sorted(
+    asked = [
         name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT
-    )
+    ]
     if asked:
         raise NotImplementedError(
-            f"{state.path} passes {asked} to its attention, which block_sparse attention does not compute; "
+            f"{state.path} passes {sorted(asked)} to its attention, which block_sparse attention does not compute; "
             "leave this layer out with a PerLayer layout, or use attn_implementation='sdpa'."
         )
 

@@ -84,6 +84,7 @@ def config_around(model: nn.Module, path: str) -> Any:
 
 
 def state_of(module: nn.Module) -> LayerAttention | None:
+    """What `attach` left on an attention module; None where nothing is attached."""
     return module.__dict__.get(STATE_ATTRIBUTE)
 
 
@@ -230,6 +231,7 @@ def read_section(section: object) -> dict[LayerKey, Layout]:
 
 
 def section_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The layouts' section of a configuration; None without one. Not of a configuration around it."""
     return config.__dict__.get(SECTION)
 
 
@@ -301,6 +303,7 @@ def check_reachable(model: nn.Module) -> None:
 
 
 def is_cross_attention(path: str, module: nn.Module) -> bool:
+    """Whether the module says so, or its path or class is named so: families have no common mark."""
     last_names = ".".join(path.split(".")[-2:])
     return bool(getattr(module, "is_cross_attention", False)) or bool(
         _CROSS_ATTENTION_PATH.search(last_names) or "CrossAttention" in type(module).__name__
@@ -318,6 +321,7 @@ def layer_layout(path: str, layout: Layout) -> Layout:
 
 
 def num_query_heads(module: nn.Module) -> int | None:
+    """The query heads of an attention module, under the names that families give them; None where none is known."""
     config = getattr(module, "config", None)
     for owner, name in (
         (module, "num_heads"),
@@ -365,8 +369,9 @@ def assign_layouts(
         if key == ALL_LAYERS:
             if crossing and layout != Dense():
                 problems.append(
-                    f"layout covers all layers, but {crossing} are cross-attention, where a layout has no meaning; name the "
-                    "self-attention layers one by one"
+                    f"layout covers all layers, but {crossing} are cross-attention, where a layout has no meaning; choose the "
+                    f"self-attention layers, as patch_model(..., layers=range({1 + max(filter(None, numbers.values()), default=0)})) does, "
+                    "or name them one by one"
                 )
             for path in paths:
                 if path not in crossing:
@@ -457,12 +462,18 @@ def choose_layers(
         stacks: dict[str, list[str]] = {}
         for path in chosen:
             stacks.setdefault(re.sub(r"\d+", "#", path, count=1), []).append(path)
-        chosen = [
+        sparse = [
             path
             for stack in stacks.values()
             for place, path in enumerate(stack, 1)
             if place % dense_every
         ]
+        if sparse == chosen:
+            raise ValueError(
+                f"dense_every got {dense_every} for at most {max(map(len, stacks.values()))} layers in a row, of which none would keep its "
+                "own attention; it must be at most their number; lower it, or leave it out."
+            )
+        chosen = sparse
     by_layer: dict[LayerKey, Layout] = {}
     all_numbers = [layer_number(path) for path in modules]
     for path in paths:
@@ -511,6 +522,7 @@ class ConfigOwner:
     paths: list[str]  # relative to `model`
 
     def full_path(self, path: str) -> str:
+        """The path from the whole model of a module at `path` under this configuration."""
         return f"{self.prefix}.{path}" if self.prefix else path
 
 
@@ -551,6 +563,7 @@ def attach(module: nn.Module, state: LayerAttention) -> None:
 
 
 def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
     module.__dict__.pop(STATE_ATTRIBUTE, None)
     stop_watching(module)
 
@@ -644,6 +657,11 @@ def undo_records(model: nn.Module) -> list[tuple[PreTrainedConfig, str | None, d
     return [
         record for module in model.modules() for record in module.__dict__.get(UNDO_ATTRIBUTE, ())
     ]
+
+
+def is_part_of_patched(model: nn.Module) -> bool:
+    """Whether layouts hang on modules of `model` that only a model around it can take off."""
+    return not undo_records(model) and any(state_of(module) for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:

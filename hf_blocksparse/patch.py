@@ -24,12 +24,12 @@ from hf_blocksparse.model_layouts import (
     choose_layers,
     config_around,
     config_owners,
+    is_part_of_patched,
     layer_layout,
     layouts_by_layer,
     num_query_heads,
     path_from_base,
     restore,
-    state_of,
     undo_records,
     write_section,
 )
@@ -75,7 +75,8 @@ def patch_model(
         `model`.
 
     Raises:
-        ValueError: a layer or a type of layers does not exist or is ambiguous, or a layout is made for another number of heads.
+        ValueError: a layer or a type of layers does not exist or is ambiguous, `dense_every` would leave no layer out, a layout is made
+            for another number of heads, or `model` is a part of a model that is patched already.
         NotImplementedError: attention modules of the model do not go through transformers' attention interface.
     """
     register_when_imported()
@@ -85,6 +86,11 @@ def patch_model(
         raise TypeError(
             f"model got {type(model).__name__}; it must be a transformers PreTrainedModel; pass the model inside a wrapper, for example "
             "peft_model.get_base_model()."
+        )
+    if is_part_of_patched(model):
+        raise ValueError(
+            f"model got a {type(model).__name__} that was patched as a part of a larger model, which could then no longer be unpatched; "
+            "the same model must be patched again; call patch_model on that one, or unpatch_model it first."
         )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
@@ -214,12 +220,11 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             f"model got {type(model).__name__}; it must be a model that patch_model changed; pass that."
         )
     if not undo_records(model):
-        inside = any(state_of(module) for module in model.modules())
         raise ValueError(
             f"model got a {type(model).__name__} that "
             + (
                 "was patched as a part of a larger model; call unpatch_model on that one."
-                if inside
+                if is_part_of_patched(model)
                 else "has no block-sparse layers; there is nothing to undo; call patch_model first."
             )
         )

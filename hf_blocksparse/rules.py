@@ -89,12 +89,14 @@ class TileGrid:
         return self.for_all_heads(query * self.num_kv_tiles + key)
 
     def for_all_heads(self, codes: Tensor) -> Tensor:
+        """The codes of the first head's tiles, repeated for every head."""
         if len(self.heads) == 1:
             return codes
         stride = self.num_q_tiles * self.num_kv_tiles
         return (self.arange(len(self.heads))[:, None] * stride + codes).reshape(-1)
 
     def tiles(self, codes: Tensor) -> Tiles:
+        """The tiles of int64 `codes` [num_tiles]."""
         heads = torch.tensor(self.heads, dtype=torch.int64, device=self.device)
         row_codes = codes // self.num_kv_tiles
         slot = row_codes // self.num_q_tiles
@@ -105,7 +107,14 @@ class TileGrid:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Some tiles of a grid: int64 vectors of one length."""
+    """Some tiles of a grid: int64 vectors of one length.
+
+    Attributes:
+        slot: place of the head in `grid.heads`.
+        head: its number.
+        q, kv: query tile, counted from the grid's first one, and key tile.
+        row_start, row_last, col_start, col_last: first and last position of a tile's queries and keys.
+    """
 
     grid: TileGrid
     slot: Tensor
@@ -136,6 +145,8 @@ class Tiles:
 
 
 class Rule(ABC):
+    """Which coefficients are kept, as a boolean expression over positions; what it says of tiles lets an index leave tiles out unread."""
+
     varies_by_head = False
 
     @abstractmethod

@@ -102,7 +102,7 @@ def block_sparse_attention_forward(
     Returns:
         (batch, query_len, query_heads, value_dim), contiguous; and None, or with `return_lse` the log-sum-exp of each row, (batch,
         query_heads, query_len), or with `output_attentions` the weights, (batch, query_heads, query_len, kv_len), at the price of
-        `kv_len / value_dim` further attentions.
+        `kv_len / value_dim` further attentions: those that the values were multiplied with, so with sink logits a row has a sum below 1.
 
     Raises:
         ValueError, NotImplementedError: the model asks for something that would not be honoured.
@@ -516,6 +516,7 @@ def _read_again(config: Any) -> dict[str, Any] | None:
 
 
 def state_missing(model: nn.Module) -> bool:
+    """Whether no module of `model` has a layout attached."""
     return not any(state_of(module) for module in model.modules())
 
 

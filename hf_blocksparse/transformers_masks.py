@@ -627,6 +627,7 @@ def mask_from_tensor(
     It is exact and dense. Positions start at the first token that reads or is read; the keys end where the queries do.
 
     Raises:
+        TypeError: neither bool nor float.
         ValueError: a float mask holds anything but 0 and -inf (or its dtype's lowest number), or the shape does not fit.
     """
     has_version = not attention_mask.is_inference()  # without one, a change would go unseen
@@ -643,6 +644,11 @@ def mask_from_tensor(
         raise NotImplementedError(
             f"attention_mask got a tensor of {query_len} queries and {kv_len} keys; it does not say where among the keys the queries "
             "stand, which a layout needs; give a 2-D attention_mask (the model builds the rest), or run without a cache."
+        )
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask got {attention_mask.dtype} in 4 dimensions; it must be bool (True may be read), or float (0 may be read, -inf "
+            "may not); give attention_mask.bool()."
         )
     if attention_mask.dtype == torch.bool:
         dense = (

@@ -88,7 +88,7 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
     def mask(**arguments: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return make_mask(**arguments)
-        if _needs_no_mask(**arguments):
+        if not _is_replaced(arguments.get("config")) and _needs_no_mask(**arguments):
             return None
         parts = _mask_parts(**arguments)
         if parts is not None:
@@ -106,6 +106,11 @@ def _refuse_export() -> None:
             "torch.export got a model with a 4-D mask tensor, output_attentions, packed documents beside an attention_mask, or a cache "
             "that only eager block_sparse attention can read; export the forward over input_ids and a 2-D attention_mask."
         )
+
+
+def _is_replaced(config: Any) -> bool:
+    """Whether a model's attention modules are replaced, which read masks in ways of their own."""
+    return getattr(config, "model_type", None) in REPLACED_MODEL_TYPES
 
 
 def _needs_no_mask(
@@ -156,9 +161,11 @@ def _mask_parts(
     from transformers.masking_utils import sdpa_mask
 
     device = torch.device(device)
-    # Replaced attention reads its masks in ways of its own.
-    is_replaced = getattr(kwargs.get("config"), "model_type", None) in REPLACED_MODEL_TYPES
-    if is_replaced or isinstance(kv_length, Tensor) or isinstance(kv_offset, Tensor):
+    if (
+        _is_replaced(kwargs.get("config"))
+        or isinstance(kv_length, Tensor)
+        or isinstance(kv_offset, Tensor)
+    ):
         return None
     predicate, documents, is_known = predicate_of(mask_function, use_vmap)
     if documents is not None and (attention_mask is not None or not is_known):

@@ -19,12 +19,14 @@ TFLOP/s are *useful* ones: 4 * head_dim operations per kept coefficient forward,
 baselines, which compute more than that. `benchmark_results.py` says what each number is. Results are written after every case, and
 `--resume` goes on where a run was cut off. `scripts/plot.py` draws a record.
 
-A call of one query takes the GPU less time than the CPU to issue it. Such cases, forward only, are timed by replays of a CUDA graph of 20
-calls or more, each on a cache of its own; an implementation that cannot be captured is a recorded failure. The launch time is that of a
-call outside of a graph.
+A short call takes the GPU less time than the CPU to issue it. So on a GPU every call that can be captured into a CUDA graph is timed by
+replays of it, ours and everybody else's alike, and what the CPU needs to issue a call outside of a graph is measured apart; the record says
+of each row how it was timed. `--timing calls` times calls as they are issued. A call of one query, which has no backward, is timed by a
+graph of 20 such calls or more, each on a cache of its own; there an implementation that cannot be captured is a recorded failure.
 
 `ours_portable` is ours with the kernels for any GPU (where `ours` may take those for Hopper), `ours_window` ours on a block-exact window
-with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs). On a CPU
+with as many tiles per row (what a scattered layout costs), `ours_mha` ours with a key head for each query head (what GQA costs),
+`ours_by_head` ours with a list for each head where heads share a layout (what it is worth that they fill tiles together). On a CPU
 it is a causal sliding window of 10 % density beside dense SDPA, each in a process of its own, and three of each. Every run begins with
 building the index of BigBird at up to 1,048,576 tokens.
 """
@@ -63,7 +65,7 @@ from benchmark_results import (
     grid_results,
     ratio_table,
 )
-from benchmark_worker import Prepared, serve
+from benchmark_worker import CALLS, GRAPHS, Prepared, serve
 from tqdm import tqdm
 
 from hf_blocksparse.run_record import (
@@ -132,7 +134,8 @@ def measure_case(
     for name in names:
         say(f"{case}: preparing {name}")
         try:
-            prepared[name] = workers[name].ask(("prepare", case), arguments.limit_s)
+            message = ("prepare", case, arguments.timing)
+            prepared[name] = workers[name].ask(message, arguments.limit_s)
         except WorkerFailure as failure:
             failures |= {(name, direction): str(failure) for direction in case.directions}
         else:
@@ -151,9 +154,9 @@ def measure_case(
             if (name, direction) in failures:
                 continue
             estimate = prepared[name].directions[direction].estimate_ms
-            message = ("times", direction, estimate, arguments.round_ms)
+            question = ("times", direction, estimate, arguments.round_ms)
             try:
-                times[name, direction].append(workers[name].ask(message, arguments.limit_s))
+                times[name, direction].append(workers[name].ask(question, arguments.limit_s))
             except WorkerFailure as failure:
                 failures |= {(name, other): str(failure) for other in case.directions}
     rows = []
@@ -220,6 +223,7 @@ def row(
         index_ms=facts.index_ms,
         relative_error=facts.relative_error,
         first_call_s=facts.first_call_s,
+        timed_by=facts.timed_by,
     )
 
 
@@ -285,6 +289,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cuda.add_argument("--rounds", type=int, default=5)
     cuda.add_argument("--round-ms", type=float, default=100.0, help="per implementation and round")
+    cuda.add_argument(
+        "--timing",
+        choices=(GRAPHS, CALLS),
+        default=GRAPHS,
+        help="replays of CUDA graphs where a call can be captured (default), or calls as the CPU issues them",
+    )
     cuda.add_argument(
         "--limit-s", type=float, default=300.0, help="per case and implementation, with compiling"
     )

@@ -17,6 +17,7 @@ from hf_blocksparse import (
     Dense,
     Layout,
     Longformer,
+    PerHead,
     SinkWindow,
     SlidingWindow,
     TensorLayout,
@@ -41,13 +42,16 @@ TOKEN_EXACT = (
 BLOCK_EXACT = ("block_window", "bigbird") + tuple(
     f"{causal}random{percent}" for causal in ("", "causal_") for percent in RANDOM_PERCENTAGES
 )
-LAYOUTS = TOKEN_EXACT + BLOCK_EXACT
-NOT_CAUSAL = ("full", "longformer") + tuple(f"random{percent}" for percent in RANDOM_PERCENTAGES)
+SHARED = ("group_random10",)
+LAYOUTS = TOKEN_EXACT + BLOCK_EXACT + SHARED
+NOT_CAUSAL = ("full", "longformer", *SHARED) + tuple(
+    f"random{percent}" for percent in RANDOM_PERCENTAGES
+)
 SINK_TOKENS = 128
 GLOBAL_TOKENS = 128
 REFERENCE_TILE = 512
 
-OURS, VARIANTS = "ours", ("ours_portable", "ours_mha", "ours_window")
+OURS, VARIANTS = "ours", ("ours_portable", "ours_mha", "ours_window", "ours_by_head")
 SPARSE_PEERS = ("flex", "flex_autotune", "fa4", "fa4_window")
 DENSE_PEERS = ("sdpa_flash", "sdpa_cudnn", "fa4_dense")
 IMPLEMENTATIONS = (OURS, *VARIANTS, *SPARSE_PEERS, *DENSE_PEERS)
@@ -115,7 +119,7 @@ def make_layout(case: Case) -> Layout:
     """The layout of a case; windows and budgets are an eighth of the length unless the name says otherwise.
 
     `block_window` is as wide as `window`, in whole blocks. Random layouts differ by head and keep the diagonal; `causal_random` keeps its
-    share of the causal triangle.
+    share of the causal triangle, `group_random` is shared by the query heads of a key head.
     """
     name, block, length = case.layout, case.block_size, case.length_tokens
     if name in ("causal", "full"):
@@ -131,7 +135,11 @@ def make_layout(case: Case) -> Layout:
         return BigBird(block, window_blocks=3, global_blocks=2, random_blocks=3)
     if name == "block_window":
         return block_window(block, max(1, length // 8 // block))
-    return random_layout(case)
+    layout = random_layout(case)
+    if name in SHARED:
+        heads = (layout.for_heads(head, 1, case.heads) for head in range(case.heads))
+        return PerHead(tuple(heads))
+    return layout
 
 
 def block_window(block_size: int, blocks: int) -> Layout:
@@ -140,16 +148,20 @@ def block_window(block_size: int, blocks: int) -> Layout:
 
 
 def random_layout(case: Case) -> Layout:
+    """Lists of every head by itself, also where heads share a layout."""
     density = int(case.layout.rpartition("random")[2]) / 100
+    group_size = case.heads // case.kv_heads if case.layout in SHARED else 1
     blocks = -(-case.length_tokens // case.block_size)
     generator = torch.Generator().manual_seed(case.seed)
-    kept = torch.empty(case.heads, blocks, blocks, dtype=torch.bool)
+    kept = torch.empty(case.heads // group_size, blocks, blocks, dtype=torch.bool)
     # One head at a time: the floats of all heads would be four times the layout.
     for matrix in kept:
         torch.lt(torch.rand(blocks, blocks, generator=generator), density, out=matrix)
         matrix.fill_diagonal_(True)
     if case.is_causal:
         kept.tril_()
+    if group_size > 1:
+        kept = kept.repeat_interleave(group_size, 0)
     return TensorLayout.from_tensor(kept, case.block_size)
 
 
@@ -317,34 +329,46 @@ def _quick() -> Grid:
 
 
 def _bars() -> Grid:
-    """The comparisons the kernels are held to: B1 H16 S16384 bfloat16, and what is said of other shapes."""
+    """The comparisons the kernels are held to: B1 H16 S16384 bfloat16, and what is said of other shapes. The telling ones come first."""
     sparse = (OURS, "ours_portable", *_FLEX, "fa4", "fa4_window")
     small = partial(Case, head_dim=64)
     grid: Grid = [
+        (Case("bigbird", 128), (OURS, "ours_portable", "ours_window", "flex", "fa4")),
         (Case("random25", 128), sparse + _DENSE),
         (Case("random10", 128), sparse + _DENSE),
-        (Case("window", 1), sparse + _DENSE),
-        (Case("bigbird", 128), (*sparse, "ours_window")),
-        (Case("random25", 64), sparse + _DENSE),
-        (Case("block_window", 64), (OURS, *_FLEX)),
+        (small("bigbird", 128), (OURS, "ours_portable", "ours_window", "flex", "fa4")),
+        (small("random25", 128), (OURS, "ours_portable", "flex", "fa4")),
+        (small("full", 1), (OURS, *_DENSE)),
+        (small("causal", 1), (OURS, *_DENSE)),
         (Case("causal", 1), (OURS, "ours_portable", *_DENSE)),
         (Case("full", 1), (OURS, "ours_portable", *_DENSE)),
-        (small("random25", 128), (OURS, "ours_portable", *_FLEX, "fa4")),
-        (small("bigbird", 128), (OURS, "ours_portable", "ours_window", *_FLEX, "fa4")),
-        (small("causal", 1), (OURS, *_DENSE)),
-        (small("full", 1), (OURS, *_DENSE)),
+        (Case("window", 1), sparse + _DENSE),
+        (Case("random25", 64), (OURS, "ours_portable", "flex_autotune", "fa4")),
+        (Case("block_window", 64), (OURS, "ours_portable", "flex_autotune")),
     ]
-    # The ends of the curve from which break-even densities are read.
-    grid += [(Case(f"random{percent}", 128), (OURS, *_DENSE)) for percent in (50, 5, 2)]
-    for percent in (50, 25, 10, 5, 2):
-        grid.append((Case(f"causal_random{percent}", 128), (OURS, *_DENSE)))
+    for layout, block in (("bigbird", 128), ("window", 1), ("random25", 128), ("bigbird", 64)):
+        grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
     for block in (32, 16):
         grid.append((Case("block_window", block), (OURS,)))
     grid += [(Case("random10", block), (OURS,)) for block in (64, 32, 16)]
-    for layout, block in (("window", 1), ("random25", 128), ("bigbird", 64)):
-        grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
-    grid += _lengths() + _launch()
-    return grid
+    # What it brings that the heads of a group fill tiles together, beside a list for each head.
+    for head_dim in (128, 64):
+        for block in (32, 16):
+            case = Case("group_random10", block, head_dim=head_dim, kv_heads=4)
+            grid.append((case, (OURS, "ours_by_head")))
+    # The curves from which break-even densities are read.
+    dense = ("sdpa_cudnn", "fa4_dense")
+    grid += [(Case(f"random{percent}", 128), (OURS, *dense)) for percent in (50, 5, 2)]
+    for percent in (50, 25, 10, 5, 2):
+        names = (OURS, *(_DENSE if percent == 25 else dense))
+        grid.append((Case(f"causal_random{percent}", 128), names))
+    grid += _lengths()
+    grid += [
+        (Case("sink_window", 1), (OURS, "fa4")),
+        (Case("longformer", 1), (OURS, "fa4")),
+        (Case("random25", 128, dtype="float16"), (OURS, "fa4", "sdpa_cudnn")),
+    ]
+    return grid + _launch()
 
 
 def _lengths() -> Grid:
@@ -426,6 +450,8 @@ def applies(implementation: str, case: Case) -> bool:
         return case.kv_heads < case.heads
     if implementation == "ours_window":
         return case.layout == "bigbird"
+    if implementation == "ours_by_head":
+        return case.layout in SHARED
     if implementation == "fa4":
         return case.layout not in ("causal", "full")
     if implementation == "fa4_window":

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from benchmark_cases import Case, applies, exact_index, make_layout, window_of_equal_tiles
+from benchmark_cases import (
+    Case,
+    applies,
+    exact_index,
+    make_layout,
+    random_layout,
+    window_of_equal_tiles,
+)
 from torch import Tensor
 
 from hf_blocksparse import Layout, block_sparse_attention
@@ -267,7 +274,7 @@ def make_implementation(name: str, case: Case, device: torch.device) -> Implemen
     """An implementation by its name in `benchmark_cases.IMPLEMENTATIONS`; what it cannot do raises, here or when called.
 
     `ours_portable` is ours with the kernels for any GPU, `ours_mha` ours with a key head for every query head (the caller changes the
-    case), `ours_window` ours on a window with as many tiles per row as the case's layout.
+    case), `ours_window` ours on a window with as many tiles per row as the case's layout, `ours_by_head` ours with a list for each head.
     """
     if case.query_tokens is not None and not applies(name, case):
         raise NotImplementedError(
@@ -279,6 +286,8 @@ def make_implementation(name: str, case: Case, device: torch.device) -> Implemen
         return ours(case, device, make_layout(case), "triton")
     if name == "ours_window":
         return ours(case, device, window_of_equal_tiles(case))
+    if name == "ours_by_head":
+        return ours(case, device, random_layout(case))
     if name in ("flex", "flex_autotune"):
         return flex(case, device, autotune=name == "flex_autotune")
     if name in ("sdpa_flash", "sdpa_cudnn"):

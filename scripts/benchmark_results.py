@@ -28,6 +28,8 @@ class Row:
         median_ms, low_ms, high_ms: of all calls: median, 20th and 80th percentile. The backward is timed alone. Calls of a few queries
             (`Case.query_tokens`) are timed on a GPU by replays of a CUDA graph of 20 or more, each on keys and values of its own; a
             replay's mean call counts as one.
+        timed_by: "graphs", replays of a CUDA graph, which holds one call but for a few queries, or "calls", as fast as the CPU issues
+            them.
         useful_tflops: 4 * head_dim operations per kept coefficient forward, 2.5 times as many backward, per second of the median. Dense
             implementations are credited with the coefficients of the layout only.
         launch_us: what the CPU needs to issue one call, without waiting for the GPU: a forward without gradients, or forward and backward.
@@ -53,6 +55,7 @@ class Row:
     index_ms: float | None = None
     relative_error: float | None = None
     first_call_s: float | None = None
+    timed_by: str | None = None
     failure: str | None = None
 
 
@@ -110,7 +113,7 @@ def case_table(results: Sequence[CaseResult]) -> str:
     """One line per implementation and direction, under a line per case."""
     header = (
         f"{'implementation':<15}{'direction':<10}{'median ms':>10}{'spread':>18}{'TFLOP/s':>9}{'launch us':>10}"
-        f"{'peak MiB':>10}{'tile eff.':>10}{'index ms':>9}{'error':>9}"
+        f"{'peak MiB':>10}{'tile eff.':>10}{'index ms':>9}{'error':>9}{'timed by':>10}"
     )
     lines = [header, "-" * len(header)]
     for result in results:
@@ -126,7 +129,7 @@ def case_table(results: Sequence[CaseResult]) -> str:
             lines.append(
                 f"{start}{_milliseconds(row.median_ms):>10}{spread:>18}{row.useful_tflops:>9.3g}{_cell(row.launch_us, '.0f'):>10}"
                 f"{_cell(row.peak_mib, '.0f'):>10}{_cell(row.tile_efficiency, '.2f'):>10}{_cell(row.index_ms, '.2f'):>9}"
-                f"{_cell(row.relative_error, '.1e'):>9}"
+                f"{_cell(row.relative_error, '.1e'):>9}{row.timed_by or '':>10}".rstrip()
             )
     return "\n".join(lines)
 

@@ -34,12 +34,13 @@ from hf_blocksparse.block_index import cached_indices, clear_cache
 
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
 WARM_UP = 0.2  # of the timed calls, before them
-GRAPH_CALLS = 20  # of a captured graph, at least
+GRAPH_CALLS = 20  # of a captured graph of a few queries, at least
+GRAPHS, CALLS = "graphs", "calls"  # how calls are timed
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What is known of one direction before it is timed; `failure` instead where it does not run, or wrongly."""
+    """What is known of one direction before it is timed, by GRAPHS or CALLS; `failure` instead where it does not run, or wrongly."""
 
     first_call_s: float | None = None
     relative_error: float | None = None
@@ -48,6 +49,7 @@ class Direction:
     index_ms: float | None = None
     launch_us: float | None = None
     estimate_ms: float | None = None
+    timed_by: str | None = None
     failure: str | None = None
 
 
@@ -70,8 +72,7 @@ class Session:
         self.implementation: Implementation | None = None
         self.first_call_s: dict[str, float] = {}
         self.calls: dict[str, Callable[[], Any]] = {}
-        # A few queries take the GPU less time than the CPU to issue them.
-        self.is_captured = device.type == "cuda" and case.query_tokens is not None
+        self.timing = GRAPHS if device.type == "cuda" else CALLS
         self.calls_at_once = 1
         self.captured: list[tuple[Tensor, Tensor]] = []  # keys and values; a graph knows addresses
 
@@ -86,8 +87,10 @@ class Session:
         except Exception:
             traceback.print_exc()
 
-    def prepare(self) -> Prepared:
-        """Build, call, check, and measure everything but time."""
+    def prepare(self, timing: str = GRAPHS) -> Prepared:
+        """Build, call, check, and measure everything but time; `timing`: GRAPHS or CALLS."""
+        if timing == CALLS:
+            self.timing = CALLS
         layout = make_layout(self.case)
         directions: dict[str, Direction] = {}
         try:
@@ -158,9 +161,12 @@ class Session:
         del out
         facts = self._describe(self._forward, "forward", first, error)
         forward = self._forward
-        if self.is_captured:
-            forward = self._capture()
-            facts = replace(facts, estimate_ms=1e3 * self._seconds(forward))
+        if self.case.query_tokens is not None and self.timing == GRAPHS:
+            forward = self._capture_many()
+            facts = replace(facts, estimate_ms=1e3 * self._seconds(forward), timed_by=GRAPHS)
+        else:
+            forward, timed_by = self._capture_if_possible(self._forward)
+            facts = replace(facts, timed_by=timed_by)
         directions["forward"] = facts
         if "backward" not in self.case.directions:
             return forward, None
@@ -173,22 +179,79 @@ class Session:
             names = ("out", "grad_query", "grad_key", "grad_value")
             error = self._check([out, *gradients], names, exact)
             del gradients, out
-            directions["backward"] = self._describe(self._train, "backward", first, error)
-            out = self._attend()
+            facts = self._describe(self._train, "backward", first, error)
+            backward, timed_by = self._backward_alone()
         except Exception as failure:
             # A peer without a backward still has a forward.
             traceback.print_exc()
             directions["backward"] = Direction(failure=one_line(failure))
             return forward, None
+        directions["backward"] = replace(facts, timed_by=timed_by)
+        return forward, backward
+
+    def _backward_alone(self) -> tuple[Callable[[], Any], str]:
+        """Again and again on one forward, and how that is timed."""
+        if self.timing == GRAPHS:
+            # Autograd goes back to the stream of the forward, which therefore is the one that is captured.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                backward = self._backward_of_one_forward()
+            replay, timed_by = self._capture_if_possible(backward, stream)
+            if timed_by == GRAPHS:
+                return replay, GRAPHS
+        return self._backward_of_one_forward(), CALLS
+
+    def _backward_of_one_forward(self) -> Callable[[], Any]:
+        out = self._attend()
 
         def backward() -> tuple[Tensor, ...]:
             return torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
 
-        return forward, backward
+        return backward
+
+    def _capture_if_possible(
+        self, call: Callable[[], Any], stream: Any = None
+    ) -> tuple[Callable[[], Any], str]:
+        """A replay of the call, or the call itself where a graph cannot hold it, and how it is therefore timed."""
+        if self.timing == CALLS:
+            return call, CALLS
+        with torch.cuda.stream(stream):
+            answers = call()
+            answers = [answers] if isinstance(answers, Tensor) else answers
+            expected = [answer.detach().clone() for answer in answers]
+        try:
+            return self._capture(call, expected, stream), GRAPHS
+        except Exception:  # whatever keeps a peer out of a graph; its log has the trace
+            traceback.print_exc()
+            return call, CALLS
+
+    def _capture(
+        self, call: Callable[[], Any], expected: Sequence[Tensor], stream: Any = None
+    ) -> Callable[[], Any]:
+        """A replay of the call captured in a CUDA graph. ArithmeticError where its answers are not the expected ones."""
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            answers = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return answers
+
+        replay()
+        found = [answers] if isinstance(answers, Tensor) else answers
+        error = max(
+            relative_error([answer], [exact.float()])
+            for answer, exact in zip(found, expected, strict=True)
+        )
+        if not error <= TOLERANCES[DTYPES[self.case.dtype]]:
+            raise ArithmeticError(f"wrong by {error:.2e} of its own answer in a CUDA graph")
+        return replay
 
     @torch.no_grad()
-    def _capture(self) -> Callable[[], Any]:
-        """A replay of `calls_at_once` forward calls captured in a CUDA graph, whose answers are compared with a call's outside of it.
+    def _capture_many(self) -> Callable[[], Any]:
+        """A replay of `calls_at_once` forward calls of a few queries.
 
         Each call has keys and values of its own, and together they read more than any L2 cache holds: as in a model, where other layers
         come in between, a call finds nothing of its cache there.
@@ -196,26 +259,16 @@ class Session:
         assert self.implementation is not None
         attend = self.implementation.attend
         query, key, value = (leaf.detach() for leaf in self.leaves)
-        expected = attend(query, key, value).float()
+        expected = attend(query, key, value)
         layout = self.implementation.layout or make_layout(self.case)
         rows = self.case.heads * self.case.num_queries
         share = count_kept(self.case, layout, self.device) / rows / self.case.length_tokens
         read_bytes = share * (key.nbytes + value.nbytes)
         calls = max(GRAPH_CALLS, math.ceil(FLUSH_BYTES / read_bytes))
         copies = [(key.clone(), value.clone()) for _ in range(calls)]
-        self._wait()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outs = [attend(query, *copy) for copy in copies]
-
-        def replay() -> list[Tensor]:
-            graph.replay()
-            return outs
-
-        replay()
-        error = max(relative_error([out], [expected]) for out in outs)
-        if not error <= TOLERANCES[DTYPES[self.case.dtype]]:
-            raise ArithmeticError(f"wrong by {error:.2e} of its own answer in a CUDA graph")
+        replay = self._capture(
+            lambda: [attend(query, *copy) for copy in copies], [expected] * calls
+        )
         self.captured, self.calls_at_once = copies, calls
         return replay
 
@@ -306,8 +359,9 @@ class Session:
     def times(self, direction: str, estimate_ms: float, budget_ms: float) -> list[float]:
         """Milliseconds of each of some calls, about `budget_ms` in all.
 
-        On a GPU between events, with the L2 cache flushed before. Where the CPU needs longer to issue a call than the GPU to run it, the
-        time is the CPU's; so calls of a few queries are replayed from a CUDA graph of many, and each replay counts as its mean call.
+        On a GPU between events, with the L2 cache flushed before, and by replays of a CUDA graph where the call could be captured: the
+        CPU may need longer to issue a call than the GPU to run it. Of calls of a few queries a graph holds many, and each replay counts
+        as its mean call.
         """
         call = self.calls[direction]
         number = max(2, min(1000, round(budget_ms / max(estimate_ms, 1e-3))))
@@ -327,8 +381,8 @@ class Session:
 
 
 def serve(connection: Connection, name: str, device_name: str) -> None:
-    """Answer `("compile", case)`, `("prepare", case)`, `("times", direction, estimate_ms, budget_ms)` and `("free",)` until the caller
-    hangs up. A case may be compiled before it is prepared."""
+    """Answer `("compile", case)`, `("prepare", case, timing)`, `("times", direction, estimate_ms, budget_ms)` and `("free",)` until the
+    caller hangs up. A case may be compiled before it is prepared."""
     device = torch.device(device_name)
     session: Session | None = None
     while True:
@@ -342,9 +396,10 @@ def serve(connection: Connection, name: str, device_name: str) -> None:
                 session = Session(name, *arguments, device)
                 session.compile()
             elif kind == "prepare":
+                case, timing = arguments
                 if session is None:
-                    session = Session(name, *arguments, device)
-                value = session.prepare()
+                    session = Session(name, case, device)
+                value = session.prepare(timing)
             elif kind == "times":
                 assert session is not None
                 value = session.times(*arguments)

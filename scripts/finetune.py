@@ -334,6 +334,23 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         )
 
 
+@torch.no_grad()
+def check_documents_are_separate(model: PreTrainedModel) -> None:
+    """Raise where a token reads another document, although positions begin anew: some models tell nobody, or have layers that carry on."""
+    tokens, positions = torch.arange(3, 11)[None], torch.arange(8)[None] % 4
+    others = tokens.flip(1).where(torch.arange(8) < 4, tokens)
+    logits = [
+        model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        for ids in (tokens, others)
+    ]
+    changed, kept = (logits[0] - logits[1]).abs().amax(1).split(4)
+    if kept.max() > 1e-3 * changed.max():
+        raise ValueError(
+            f"packing got 'separate' for a {type(model).__name__}, in which a token reads other documents of its window, too: it does not "
+            "tell its attention where positions begin anew, or has layers that carry on; use 'one-document' or 'joined', or another model."
+        )
+
+
 class WindowDataset(Dataset):
     """Training windows with labels: the first token of a document has nothing to be predicted from.
 
@@ -505,6 +522,8 @@ def train_one(
     base = load_model(path, torch.device("cpu"))
     use_cache = base.config.use_cache
     set_attention(base, layout)
+    if windows.positions is not None:
+        check_documents_are_separate(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     if arguments.loss_chunk_tokens:
         use_chunked_loss(base, arguments.loss_chunk_tokens)

@@ -189,7 +189,7 @@ def chosen(setting: Setting, sizes: Sequence[int]) -> Iterator[None]:
     """The kernel of the setting gets these sizes; the others what their tables say."""
     from hf_blocksparse.ops.triton import launch
 
-    names = ("tile_sizes", "gathered_tile_sizes", "decode_sizes")
+    names = ("tile_sizes", "gathered_tile_sizes", "narrow_tile_sizes", "decode_sizes")
     as_ever = {name: getattr(launch, name) for name in names}
     gathered = setting.kernel.startswith("gathered")
 
@@ -207,6 +207,7 @@ def chosen(setting: Setting, sizes: Sequence[int]) -> Iterator[None]:
         launch.decode_sizes = lambda *_: DecodeSizes(64, *sizes)
     else:
         launch.tile_sizes, launch.gathered_tile_sizes = tiles, gathered_tiles
+        launch.narrow_tile_sizes = lambda *_: None  # which small blocks would take instead
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ import benchmark
 import evaluation_card
 import memory_vs_dense
 import patching_overhead
+import short_steps
 from benchmark_results import CaseResult, case_table, grid_results, rate_table, row_of
 from card_parts import markdown_table
 from encoder_results import EncoderResults, loss_table
@@ -59,6 +60,7 @@ def write_page() -> str:
         ),
         "Long sequences": gpu_cases("gpu_benchmark_lengths", "--grid lengths", LENGTHS),
         "Short calls": gpu_cases("gpu_benchmark_launch", "--grid launch", LAUNCHES),
+        "Training steps at short lengths": gpu_short_steps(),
         "A step of decoding": gpu_decoding(),
         "A training step": "\n\n".join(
             training_step(*each)
@@ -333,6 +335,18 @@ def patching() -> str:
         `python scripts/patching_overhead.py --device cuda`, [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(patching_overhead.table(results))}"
+
+
+def gpu_short_steps() -> str:
+    path = "docs/results/gpu_short_steps.json"
+    record = read_record(ROOT / path)
+    results = from_plain(short_steps.Results, record.results)
+    setting = paragraph(f"""
+        Forward, loss and backward of one window through the SmolLM2-135M architecture in bfloat16, where the CPU decides: nothing is gained
+        by computing less attention, and starting ours takes longer than starting SDPA. {machine(record.environment)}.
+        `python scripts/short_steps.py`, [record](../{path}):
+    """)
+    return f"{setting}\n\n{code_block(short_steps.table(results))}"
 
 
 def gpu_decoding() -> str:

@@ -2,24 +2,26 @@
 
     python tests/compile_hopper_kernels.py
 
-prints one JSON line per variant: the shared memory of one program, what ptxas says of products that it puts one after the other, bytes
-of spilled registers, and how many loads and stores of them stand in the loops of full tiles.
+prints one JSON line per variant: the shared memory of one program, the sizes of its parameters as the package lays them out and as the PTX
+declares them, what ptxas says of products that it puts one after the other, arrivals at barriers, bytes of spilled registers, how many
+loads and stores of them stand in the loops of full tiles, and products whose addresses nothing sets.
 A program of its own because it replaces Triton's driver.
 """
 
 import json
-import os
 import re
 import subprocess
 import tempfile
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from parameter_sizes import sizes_in_ptx, sizes_laid_out
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import MockTensor
 
@@ -236,28 +238,47 @@ COMPILERS = {
 }
 
 
-def ptxas_report(ptx: str) -> tuple[list[str], int]:
+def ptxas_report(log: str) -> tuple[list[str], int]:
     """Its warnings that products do not run side by side, and the bytes of registers it spills."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(CAPABILITY).path, "-v", "--gpu-name=sm_90a", file.name]
-        done = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
-    done.check_returncode()
-    report = done.stdout + done.stderr
-    serialized = [line for line in report.splitlines() if "C7512" in line or "C7514" in line]
-    return serialized, sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+    serialized = [line for line in log.splitlines() if "C7512" in line or "C7514" in line]
+    spilled = re.findall(r"(\d+) bytes spill stores", log)
+    assert spilled, log
+    return serialized, sum(map(int, spilled))
 
 
-def spills_in_full_loops(sass: str) -> list[int]:
-    """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products or more."""
+def arrivals(ptx: str) -> tuple[int, int]:
+    """Arrivals at barriers in shared memory, and those of them without a barrier of the arriving thread's own warps right before.
+
+    One thread arrives for all, and what the others have written must be ordered before it. Arrivals that announce bytes say nothing of
+    writes.
+    """
+    is_ordered, number, unordered = False, 0, 0
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "bar.warp.sync" in line:
+            is_ordered = True
+        elif "st.shared" in line or line.startswith("$"):
+            is_ordered = False
+        elif "mbarrier.arrive.shared" in line:
+            number += 1
+            unordered += not is_ordered
+    return number, unordered
+
+
+def parse(sass: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions, and the numbers of those that labels stand before."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x?_?\w+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
+        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
+    return code, labels
+
+
+def spills_in_full_loops(sass: str) -> list[int]:
+    """Loads and stores of local memory in each consumer's loop of full tiles: the shortest two around two products or more."""
+    code, labels = parse(sass)
     loops = []
     for end, instruction in enumerate(code):
         branch = re.search(r"BRA.*`\((\.L_x?_?\w+)\)", instruction)
@@ -266,6 +287,57 @@ def spills_in_full_loops(sass: str) -> list[int]:
             loops.append(body)
     loops.sort(key=len)
     return [sum("LDL" in line or "STL" in line for line in body) for body in loops[:2]]
+
+
+def products_without_addresses(sass: str) -> list[str]:
+    """Products of tensor cores that some way through the program reaches before their descriptors' uniform registers are set.
+
+    ptxas has put such a register's instruction into a block that is jumped past. What is computed from an unset register counts as unset.
+    """
+    code, labels = parse(sass)
+    code = [re.sub(r"^@!?U?P\w+\s+", "@ ", instruction) for instruction in code]
+    is_set: list[set[int] | None] = [None] * len(code)
+    is_set[0] = set()
+    to_do = [0]
+    while to_do:
+        place = to_do.pop()
+        before, instruction = is_set[place], code[place]
+        assert before is not None
+        after = before
+        if written := re.match(r"(?:@ )?(\S+) (?:U?P\w+, )*UR(\d+)\b(.*)", instruction):
+            first = int(written[2])
+            width = 2 if ".64" in written[1] or "WIDE" in written[1] else 1
+            results = set(range(first, first + width))
+            sources = {int(number) for number in re.findall(r"\bUR(\d+)", written[3])}
+            after = before | results if sources <= before else before - results
+        for successor in successors(code, labels, place):
+            known = is_set[successor]
+            met = after if known is None else known & after
+            if met != known:
+                is_set[successor] = met
+                to_do.append(successor)
+    return [
+        instruction
+        for instruction, known in zip(code, is_set, strict=True)
+        if known is not None and not descriptors_of(instruction) <= known
+    ]
+
+
+def successors(code: list[str], labels: dict[str, int], place: int) -> list[int]:
+    """Where the program may go after an instruction."""
+    instruction = code[place]
+    targets = [labels[name] for name in re.findall(r"\.L_x?_?\w+", instruction) if name in labels]
+    goes_on = not re.match(r"(BRA|BRX|EXIT)\b", instruction)
+    return [target for target in [*targets, *[place + 1] * goes_on] if target < len(code)]
+
+
+def descriptors_of(instruction: str) -> set[int]:
+    """The uniform registers of a product's descriptors: two of two registers, the second alone where the first operand is in registers."""
+    used = re.search(r"HGMMA\S* R\d+, (R\d+, )?gdesc\[UR(\d+)\]", instruction)
+    if not used:
+        return set()
+    first = int(used[2])
+    return set(range(first + 2 if used[1] else first, first + 4))
 
 
 def disassemble(cubin: bytes) -> str:
@@ -279,17 +351,24 @@ def disassemble(cubin: bytes) -> str:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
+    triton.knobs.nvidia.dump_ptxas_log = True
     for kernel, head_dim, dtype in VARIANTS:
-        compiled = COMPILERS[kernel](head_dim, dtype)
-        serialized, spilled = ptxas_report(compiled.asm["ptx"])
+        with redirect_stdout(StringIO()) as log:
+            compiled = COMPILERS[kernel](head_dim, dtype)
+        serialized, spilled = ptxas_report(log.getvalue())
+        sass = disassemble(compiled.asm["cubin"])
         record = {
             "kernel": kernel,
             "head_dim": head_dim,
             "dtype": str(dtype),
             "shared": compiled.metadata.shared,
+            "laid_out": sizes_laid_out(compiled),
+            "declared": sizes_in_ptx(compiled),
             "serialized": serialized,
+            "arrivals": arrivals(compiled.asm["ptx"]),
             "spilled_bytes": spilled,
-            "spills_in_full_loops": spills_in_full_loops(disassemble(compiled.asm["cubin"])),
+            "spills_in_full_loops": spills_in_full_loops(sass),
+            "without_addresses": products_without_addresses(sass),
         }
         print(json.dumps(record), flush=True)
 

@@ -2,7 +2,8 @@
 
     python tests/compile_kernels.py sm_90
 
-prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory.
+prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory and
+the sizes of its parameters as the package lays them out and as the PTX declares them.
 A program of its own because Triton decides at import whether it interprets or compiles.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
+from parameter_sizes import sizes_in_ptx, sizes_laid_out
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,7 +23,12 @@ from hf_blocksparse.ops.triton.decode import Partials, combine_kernel, decode_ke
 from hf_blocksparse.ops.triton.decode_sizes import DecodeSizes, decode_sizes
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.launch import SPLITS_AT_ONCE
-from hf_blocksparse.ops.triton.tile_sizes import TileSizes, gathered_tile_sizes, tile_sizes
+from hf_blocksparse.ops.triton.tile_sizes import (
+    TileSizes,
+    gathered_tile_sizes,
+    narrow_tile_sizes,
+    tile_sizes,
+)
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
 
 TARGETS = {
@@ -50,6 +57,8 @@ class Case:
     aligned: bool = True  # as tensor descriptors need it
     group_size: int = 4
     gathered: bool = False  # from strips
+    members: int = 1  # heads whose rows fill a query tile
+    narrow: bool = False  # from strips, for one block of keys
     in_parts: bool = False  # some key tiles in several programs
 
 
@@ -61,7 +70,9 @@ CASES = (
     Case("bf16", 256, 64, aligned=False, in_parts=True),
     Case("fp32", 64, 16, features=True),
     Case("bf16", 128, 16, gathered=True, in_parts=True),
-    Case("fp16", 256, 16, gathered=True, features=True),
+    Case("bf16", 128, 16, gathered=True, members=4),
+    Case("bf16", 128, 16, narrow=True, in_parts=True),
+    Case("fp16", 256, 16, gathered=True, members=2, features=True),
 )
 
 
@@ -149,6 +160,9 @@ def kernel_arguments(name: str, case: Case, sizes: TileSizes, descriptors: bool)
     streamed_names = ("key", "value") if stationary_is_query else ("query", "grad_out")
     for tensor, dim in zip(streamed_names, (case.head_dim, value_dim), strict=True):
         arguments[f"{tensor}_descriptor"] = descriptor(case.dtype, streamed, dim)
+    if stationary_is_query:
+        arguments["heads_per_list"] = INT if case.members > 1 else Constant(1)
+        arguments["MEMBERS"] = Constant(case.members)
     if name == "forward":
         arguments["sinks"] = pointer("fp32") if case.features else none
         arguments["out"] = rows(case, case.dtype)
@@ -296,6 +310,8 @@ def print_record(
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
     }
+    if compiled.metadata.target.backend == "cuda":
+        record |= {"laid_out": sizes_laid_out(compiled), "declared": sizes_in_ptx(compiled)}
     print(json.dumps(record), flush=True)
 
 
@@ -320,6 +336,7 @@ def main(name: str) -> None:
             print_record("combine", case, sizes, compile_combine(target, case))
         for kernel_name, kernel in KERNELS.items():
             choose = gathered_tile_sizes if case.gathered else tile_sizes
+            choose = narrow_tile_sizes if case.narrow else choose
             sizes = choose(
                 target.backend,
                 capability,
@@ -329,7 +346,7 @@ def main(name: str) -> None:
                 ELEMENT_BYTES[case.dtype],
                 case.block_size,
             )
-            if sizes is None:  # tiles are no larger than blocks there
+            if sizes is None:  # tiles are no larger than blocks there, or not known to be worth it
                 continue
             arguments = kernel_arguments(kernel_name, case, sizes, has_descriptors)
             options = {

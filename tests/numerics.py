@@ -47,6 +47,13 @@ class Inputs:
             }
         )
 
+    def largest_score_term(self, scale: float | None) -> float:
+        """The largest product in a gradient: <grad_out, value>, from which <grad_out, out> is taken, times scale and key or query."""
+        scale = self.query.shape[-1] ** -0.5 if scale is None else abs(scale)
+        value = self.value.float().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
+        product = (self.grad_out.float() @ value.transpose(-1, -2)).abs().max()
+        return float(product * scale * max(self.key.abs().max(), self.query.abs().max()))
+
     def results(self, attend) -> Results:
         """`attend(query, key, value, sinks) -> (out, lse or None)`, and the gradients of the loss."""
         leaves = [self.query, self.key, self.value] + ([] if self.sinks is None else [self.sinks])
@@ -157,11 +164,16 @@ class Deviation:
 
 
 def deviations(
-    ours: Results, reference: Results, torchs: Sequence[Results], has_dropout: bool = False
+    ours: Results,
+    reference: Results,
+    torchs: Sequence[Results],
+    has_dropout: bool = False,
+    cancelling: float = 1.0,
 ) -> dict[str, Deviation]:
     """By result. Against float64, ours may err twice as much as torch does in the same dtype, plus one rounding unit of the largest value.
 
-    `torchs`: one or more results of torch for the same call; the one that errs most counts.
+    `torchs`: one or more results of torch for the same call; the one that errs most counts. `cancelling`: size of the terms whose sums
+    may cancel in a gradient (`Inputs.largest_score_term`).
 
     The LSE has an absolute bound of its own. Infinities must agree, a NaN is an infinite error. With dropout the unit is one of terms of
     size one, where the largest value is smaller: fused kernels take <grad_out, out> with the output that they returned, rounded. The
@@ -175,7 +187,8 @@ def deviations(
         assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, not {exact.shape}"
         unit = torch.finfo(got.dtype).eps * exact.abs().max()
         if got.dtype != torch.float32:
-            unit = unit.clamp(min=torch.finfo(got.dtype).eps if has_dropout else CANCELLATION)
+            rest = CANCELLATION * max(1.0, cancelling)
+            unit = unit.clamp(min=torch.finfo(got.dtype).eps if has_dropout else rest)
         errors = [(getattr(other, name).double() - exact).abs().max() for other in torchs]
         bound = 2 * torch.stack(errors).max() + unit
         assert bound.isfinite(), f"torch's own {name} is not finite"

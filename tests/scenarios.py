@@ -46,6 +46,7 @@ class Scenario:
     dropout_p: float = 0.0
     grad_lse: bool = False
     mask_density: float | None = None
+    mask_by_head: bool = True
     padding: bool = False
     runs: tuple[tuple[int, int, int], ...] | None = None
     rows_outside_heads: bool = False
@@ -77,7 +78,8 @@ class Scenario:
     def attn_mask(self) -> torch.Tensor | None:
         if self.mask_density is None:
             return None
-        shape = (self.batch, self.heads, self.query_len, self.kv_len or self.query_len)
+        heads = self.heads if self.mask_by_head else 1
+        shape = (self.batch, heads, self.query_len, self.kv_len or self.query_len)
         return (
             torch.rand(shape, generator=torch.Generator().manual_seed(2 + self.seed))
             < self.mask_density
@@ -227,6 +229,12 @@ def check(
         for _ in range(OTHER_ORDERS):
             rows, cols = (torch.randperm(size, generator=generator) for size in mask.shape[2:])
             torchs.append(inputs.results(theirs(other, rows.to(device), cols.to(device))))
-    found = deviations(got, exact, torchs, has_dropout=scenario.dropout_p > 0)
+    found = deviations(
+        got,
+        exact,
+        torchs,
+        has_dropout=scenario.dropout_p > 0,
+        cancelling=inputs.largest_score_term(scenario.scale),
+    )
     assert_within_bounds(found)
     return found

@@ -24,7 +24,7 @@ import plot
 from benchmark_cases import GRIDS, IMPLEMENTATIONS, Case
 from benchmark_process import Worker, WorkerFailure
 from benchmark_results import CaseResult, GridResults, Row
-from benchmark_worker import Session
+from benchmark_worker import CALLS, GRAPHS, Session
 
 from hf_blocksparse.block_index import clear_cache
 from hf_blocksparse.evaluation import in_fresh_process, measure_cost
@@ -172,6 +172,7 @@ def test_masks_for_flash_attention_4_agree_with_the_layout(case, cute_masks):
         small("bigbird", 16, length_tokens=640, heads=4),
         small("causal_random25", 32, length_tokens=640, kv_heads=1),
         small("longformer", length_tokens=640, batch=2),
+        small("group_random10", 32, length_tokens=640, heads=4, kv_heads=2),
     ],
     ids=str,
 )
@@ -267,7 +268,7 @@ def prepared_in_a_graph(monkeypatch):
         return out
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream=None):
         with graph:
             capturing.append(True)
             yield
@@ -279,8 +280,8 @@ def prepared_in_a_graph(monkeypatch):
     implementation = replace(right, attend=attend)
     monkeypatch.setattr("benchmark_worker.make_implementation", lambda *_: implementation)
     session = Session("ours", case, CPU)
-    assert not session.is_captured
-    session.is_captured = True
+    assert session.timing == CALLS
+    session.timing = GRAPHS
     return session, graph, keys, session.prepare()
 
 
@@ -303,6 +304,62 @@ def test_what_a_graph_cannot_capture_or_gets_wrong_is_a_failure(monkeypatch):
     session, *_, prepared = prepared_in_a_graph(monkeypatch)
     assert "not permitted when stream is capturing" in prepared.directions["forward"].failure
     assert not session.calls
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch):
+    """CUDA graphs, streams and captures as a CPU can play them; the graphs made."""
+    graphs = []
+
+    class Graph(EagerGraph):
+        def __init__(self):
+            super().__init__()
+            graphs.append(self)
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None):
+        with graph:
+            yield
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return graphs
+
+
+def prepared_by_graphs():
+    session = Session("ours", small("causal"), CPU)
+    session.timing = GRAPHS
+    facts = session.prepare().directions
+    assert [facts[direction].failure for direction in ("forward", "backward")] == [None, None]
+    return session, {direction: facts[direction].timed_by for direction in facts}
+
+
+def test_both_directions_are_timed_by_replays_of_graphs(eager_graphs):
+    session, timed_by = prepared_by_graphs()
+    assert timed_by == {"forward": GRAPHS, "backward": GRAPHS}
+    assert len(eager_graphs) == 2
+    for graph, direction in zip(eager_graphs, ("forward", "backward"), strict=True):
+        before = graph.replays
+        assert len(session.times(direction, 1.0, 2.0)) == 2
+        assert graph.replays == before + 3  # one to warm up
+
+
+def test_what_cannot_be_captured_is_timed_by_calls(eager_graphs, monkeypatch):
+    monkeypatch.setattr(EagerGraph, "refuses", True)
+    session, timed_by = prepared_by_graphs()
+    assert timed_by == {"forward": CALLS, "backward": CALLS}
+    assert len(session.times("backward", 1.0, 2.0)) == 2
+
+
+def test_whoever_asks_for_calls_gets_calls(eager_graphs):
+    session = Session("ours", small("causal"), CPU)
+    session.timing = GRAPHS
+    facts = session.prepare(CALLS).directions
+    assert {each.timed_by for each in facts.values()} == {CALLS} and not eager_graphs
 
 
 @pytest.fixture
@@ -329,6 +386,17 @@ def test_a_gpu_replays_calls_of_one_query(name, own_sdpa_kernels):
     times = session.times("forward", facts.estimate_ms, 20.0)
     # Of one call, where the estimate is of a replay.
     assert 0 < sorted(times)[len(times) // 2] * 64 < 2 * facts.estimate_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours", "ours_portable", "sdpa_flash"])
+def test_a_gpu_replays_both_directions(name, own_sdpa_kernels):
+    case = Case("causal", 1, 2048, 64, heads=4, kv_heads=4)
+    session = Session(name, case, torch.device("cuda"))
+    for direction, facts in session.prepare().directions.items():
+        assert facts.failure is None and facts.timed_by == GRAPHS
+        times = session.times(direction, facts.estimate_ms, 10.0)
+        assert 0 < sorted(times)[len(times) // 2] < 2 * facts.estimate_ms
 
 
 @pytest.mark.gpu
@@ -401,6 +469,19 @@ def test_the_grid_of_decoding():
         assert lengths.pop((layout, 32, 8, 128)) == [4096, 16384, 65536]
         assert lengths.pop((layout, 9, 3, 64)) == [4096, 65536]
     assert not lengths
+
+
+def test_heads_of_a_group_share_lists_or_have_the_same_by_themselves():
+    case = small("group_random10", 16, length_tokens=512, heads=4, kv_heads=2)
+    shared = benchmark_cases.make_layout(case)
+    by_head = benchmark_peers.make_implementation("ours_by_head", case, CPU).layout
+    indices = [benchmark_cases.exact_index(case, each, 16, CPU) for each in (shared, by_head)]
+    assert [index.num_lists for index in indices] == [2, 4]
+    assert [index.heads_per_list for index in indices] == [2, 1]
+    dense = [each.to_mask(512, num_heads=4) for each in (shared, by_head)]
+    assert dense[0].equal(dense[1]) and not dense[0][0].equal(dense[0][2])
+    kept = [benchmark_cases.count_kept(case, each, CPU) for each in (shared, by_head)]
+    assert kept[0] == kept[1] == dense[0].sum()
 
 
 def test_the_grids_of_lengths_and_of_launches_are_part_of_the_bars():
@@ -535,7 +616,9 @@ DECODED = [
 def grid_record(tmp_path_factory):
     """A run over a small grid, on a CPU: the way of a GPU run but for the clock."""
     output = tmp_path_factory.mktemp("runs") / "benchmark.json"
-    arguments = argparse.Namespace(output=output, rounds=2, round_ms=5.0, limit_s=60.0)
+    arguments = argparse.Namespace(
+        output=output, rounds=2, round_ms=5.0, limit_s=60.0, timing=GRAPHS
+    )
     names = ("ours", "sdpa_flash", "sdpa_cudnn")
     cases = (small("random50", 16), small("random10", 16), small("full"), small("bigbird", 16))
     grid = [(case, names) for case in cases[:3]] + [(cases[3], ("ours", "ours_window"))]

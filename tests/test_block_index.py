@@ -321,12 +321,55 @@ def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causa
     share = computed(*strips) / computed(64, 64)
     assert share < 0.9
     for max_share, tile in ((share + 1e-6, strips), (share - 1e-6, (64, 64))):
-        index = build_index(layout, strips=Strips(*strips, max_share), **options)
+        index = build_index(layout, strips=(Strips(*strips, max_share),), **options)
         assert (index.tile_q, index.tile_kv) == tile
         assert torch.equal(index.to_dense(length, length), mask)
         assert torch.equal(index.transpose_to_dense(length, length), mask)
-    window = build_index(SlidingWindow(200), strips=Strips(*strips, 0.7), **options)
+    window = build_index(SlidingWindow(200), strips=(Strips(*strips, 0.7),), **options)
     assert (window.tile_q, window.tile_kv) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "tile_kv, group_size, heads_per_list, expected",
+    [
+        (16, 4, 0, (16, 16, 1.0)),
+        (32, 4, 4, (32, 32, 1.0)),
+        (16, 8, 8, (16, 16, 1.0)),
+        (16, 4, 6, (32, 16, 1.0)),
+        (16, 3, 3, (16, 16, 4 / 3)),
+        (32, 3, 0, (32, 32, 4 / 3)),
+        (16, 4, 1, None),
+        (16, 1, 0, (64, 16, 1.0)),
+        (64, 4, 0, None),
+    ],
+)
+def test_heads_that_share_a_list_fill_strips_together(
+    tile_kv, group_size, heads_per_list, expected
+):
+    """Shapes, and rows of tiles for one that is there: three heads fill four places, or two and two."""
+    assert Strips(64, tile_kv, 0.7, group_size).shape(heads_per_list) == expected
+
+
+def test_packed_strips_are_taken_where_they_compute_the_least():
+    length, heads = 256, 6
+    options = dict(
+        is_causal=False, num_heads=heads, query_end=length, key_end=length,
+        tile_q=64, tile_kv=64, device=CPU,
+    )  # fmt: skip
+    scattered = TensorLayout.from_tensor(random_tensor(3, 16, 16) | torch.eye(16).bool(), 16)
+    # Runs of four equal block rows, which strips of 64 queries hold without a loss; three heads would fill three of four places.
+    striped = TensorLayout.from_tensor(random_tensor(3, 4, 16).repeat_interleave(4, 0), 16)
+    for layout, group_size, shape in (
+        (scattered, 3, (16, 16)),
+        (scattered, 1, (64, 16)),
+        (striped, 3, (64, 16)),
+        (striped, 2, (32, 16)),
+    ):
+        strips = (Strips(64, 16, 1.0), Strips(64, 16, 1.0, group_size))
+        index = build_index(layout, strips=strips, **options)
+        assert (index.tile_q, index.tile_kv) == shape
+        mask = layout.to_mask(length, num_heads=heads)[: index.num_lists]
+        assert torch.equal(index.to_dense(length, length), mask)
 
 
 def get(layout, sequences, **changes):

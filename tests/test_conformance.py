@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conformance import run as conformance
+from conformance import small_models
 from conformance.matrix import ALL_FAMILIES, FEATURES, Run, judge, run_cell
 from conformance.reasons import expected_cell
-from conformance.sweep import NOT_BUILT, REFUSED, WORKS, WRONG, Verdict, examine, families
+from conformance.small_models import NotBuiltError, families
+from conformance.sweep import examine, families_alone
+from conformance.verdict import NOT_BUILT, REFUSED, WORKS, WRONG, Verdict
 
 from hf_blocksparse import Dense, SlidingWindow, transformers_hook
 from hf_blocksparse.run_record import read_record, write_record
@@ -43,7 +46,7 @@ def test_the_layout_matters(family):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "bert", "vit"])
 def test_a_patched_model_moves_to_the_gpu(family):
-    assert run_cell(ALL_FAMILIES[family], FEATURES["moved"]).outcome == "works"
+    assert run_cell(ALL_FAMILIES[family], FEATURES["moved"]).outcome == WORKS
 
 
 def ignore_padding(mask):
@@ -305,9 +308,32 @@ def test_sweep_notices_a_layout_that_is_ignored(name, monkeypatch):
     assert examine_causal(name).outcome == WRONG
 
 
-def examine_causal(wanted: str) -> Verdict:
+def test_what_a_family_is_without_our_import(tmp_path, monkeypatch):
+    """In a process that never sees it; what differs beside the import is wrong, not "not built"."""
+    alone = families_alone(tmp_path, ["granite", "reformer"])
+    assert set(alone) == {("causal", "granite"), ("causal", "reformer"), ("masked", "reformer")}
+    logits, reason = alone["causal", "granite"], alone["causal", "reformer"]
+    assert "axial_pos_embds" in reason
+    assert examine_causal("granite", logits).outcome == WORKS
+    assert examine_causal("reformer", reason).outcome == NOT_BUILT
+    assert examine_causal("granite", reason) == Verdict(
+        WRONG, f"built beside our import only; without it: {reason}"
+    )
+    moved = [row + 1e-2 for row in logits]
+    assert examine_causal("granite", moved) == Verdict(WRONG, "our import changes the logits")
+
+    def fail(*args):
+        raise NotBuiltError("a fault of our import")
+
+    monkeypatch.setattr(small_models, "build", fail)
+    assert examine_causal("granite", logits) == Verdict(
+        WRONG, "not built beside our import: a fault of our import"
+    )
+
+
+def examine_causal(wanted: str, alone: list[torch.Tensor] | str | None = None) -> Verdict:
     return next(
-        examine(kind, config_class, model_class)
+        examine(kind, config_class, model_class, alone)
         for kind, name, config_class, model_class in families()
         if (kind, name) == ("causal", wanted)
     )

@@ -1,5 +1,6 @@
 """Evaluation and fine-tuning, end to end on a tiny random model and local text, and what they are made of."""
 
+import copy
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from script_inputs import byte_tokenizer, write_model, write_text
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_blocksparse import (
@@ -873,10 +875,35 @@ def check_resumed(folder, arguments, config, *options):
     assert weights(folder) == before
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "opt", "gpt_oss", "qwen3_next"])
+def test_separate_documents_are_refused_where_they_are_read_across(family):
+    model = make_model(family, "eager")
+    for patched in (model, patch_model(copy.deepcopy(model), SinkWindow(2, 5))):
+        if family in ("llama", "gemma3", "mixtral"):
+            finetune.check_documents_are_separate(patched)
+        else:
+            with pytest.raises(ValueError, match="packing got 'separate' for a .* another model"):
+                finetune.check_documents_are_separate(patched)
+
+
 def test_data_parallel_training_is_that_of_one_process(inputs, tmp_path):
     config = on_cpu(tmp_path, "ddp.yaml")
     folders = train_twice([*inputs, *UNMEASURED], tmp_path, config, 29571)
     check_split_run(*folders, num_processes=2, tokens_per_step=320)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("also", [True, False])
+def test_data_parallel_adapters_are_those_of_one_process(inputs, tmp_path, also):
+    arguments = [*inputs, *UNMEASURED, "--lora_rank=4", f"--lora_norms_and_embeddings={also}"]
+    split, one = train_twice(arguments, tmp_path, on_cpu(tmp_path, "ddp.yaml"), 29577 + also)
+    check_split_run(split, one, num_processes=2, tokens_per_step=320)
+    trained = [
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (split, one)
+    ]
+    assert trained[0].keys() == trained[1].keys() != set()
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

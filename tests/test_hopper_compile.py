@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_hopper_kernels
 import pytest
 
 from hf_blocksparse.ops.triton.tile_sizes import SHARED_MEMORY_BYTES
@@ -45,10 +46,45 @@ def test_a_program_fits_into_shared_memory(records):
             assert of_two <= SHARED_MEMORY_BYTES["sm_90"] + RESERVED_BYTES, record
 
 
+def test_writes_are_ordered_before_the_arrival_that_announces_them(records):
+    """compute-sanitizer's racecheck cannot judge this (`test_sanitizer.py`)."""
+    for record in records:
+        number, unordered = record["arrivals"]
+        assert number > 0 == unordered, record
+
+
+def test_parameters_are_laid_out_as_the_kernel_declares_them(records):
+    for record in records:
+        assert record["laid_out"] == record["declared"], record
+
+
 def test_products_run_asynchronously(records):
     """ptxas says C7512 or C7514 where it waits for every product of tensor cores by itself."""
     for record in records:
         assert record["serialized"] == [], record
+
+
+def test_every_product_has_its_addresses(records):
+    """ptxas 12.8 left out a descriptor of the forward kernel on the way past a loop; the results were wrong on a GPU alone."""
+    for record in records:
+        assert record["without_addresses"] == [], record
+
+
+def test_an_address_set_in_a_block_that_is_jumped_past_is_found():
+    def program(*instructions):
+        return "\n".join(f"/*{16 * n:04x}*/ {text} ;" for n, text in enumerate(instructions))
+
+    begin = ("UMOV UR8, URZ", "UMOV UR9, 0x40", "UIADD3.64 UR10, UR8, 0x2, URZ")
+    product = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT"
+    other = "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR12].tnspB, R24"
+    block = "\n".join((program("@P0 BRA `(.L_x_1)", "UMOV UR14, UR8", "UMOV UR15, UR9"), ".L_x_1:"))
+    found = compile_hopper_kernels.products_without_addresses
+    assert found(program(*begin, product, "EXIT")) == []
+    assert found(program(*begin[:2], product, "EXIT")) == [product]
+    skipped = "\n".join((program(*begin), block, program(product, other, "EXIT")))
+    assert found(skipped) == [other]
+    from_unset = "\n".join((program(*begin), block, program("UMOV UR10, UR14", product, "EXIT")))
+    assert found(from_unset) == [product]
 
 
 def test_loops_of_full_tiles_hardly_spill_registers(records):

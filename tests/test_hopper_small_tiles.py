@@ -183,7 +183,7 @@ CHOICES = {
 def problem_that_chooses(layout: Layout) -> Problem:
     where = Sequences.uniform(1, 2048, 2048, 0, torch.device("cpu"))
 
-    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=None):
+    def index_for(tile_q, tile_kv, of_queries_alone=False, strips=()):
         return get_index(
             layout,
             where,
@@ -203,10 +203,34 @@ def problem_that_chooses(layout: Layout) -> Problem:
 def test_layouts_take_the_tiles_that_are_fastest(name):
     layout, shape = CHOICES[name]
     problem = problem_that_chooses(layout)
-    index = hopper._index_of(problem)
+    index = hopper._index_of_forward(problem, 1)
     assert (index.tile_q, index.tile_kv) == shape
-    assert hopper._index_of_backward(problem) is index
+    assert hopper._index_of_backward(problem, 1) is index
     assert index is problem.index_for(*shape), "the portable kernels would hold another one"
+
+
+@pytest.mark.parametrize(
+    "density, forward, backward",
+    [
+        (0.1, (16, 16), (16, 16)),
+        (0.4, (16, 16), (128, 128)),
+        (0.9, (128, 128), (128, 128)),
+    ],
+)
+def test_scattered_blocks_that_a_group_shares_are_packed(density, forward, backward):
+    """Up to a density of their own for each direction."""
+    problem = problem_that_chooses(random_blocks(1, 2048, 16, density, 0))
+    chosen = hopper._index_of_forward(problem, 4), hopper._index_of_backward(problem, 4)
+    assert [(index.tile_q, index.tile_kv) for index in chosen] == [forward, backward]
+    for index in chosen:
+        assert hopper._is_of_tiles(index) == (index.tile_q == 128)
+
+
+def test_heads_with_lists_of_their_own_are_not_taken_for_packed():
+    """Their strips hold 0.68 of the tiles of 128, too much for strips of one head and not too much for packed ones."""
+    problem = problem_that_chooses(random_blocks(4, 2048, 16, 0.25, 0))
+    index = hopper._index_of_forward(problem, 4)
+    assert (index.tile_q, index.tile_kv) == (128, 128)
 
 
 @pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
@@ -214,8 +238,8 @@ def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
     layout, shape = CHOICES[name]
     problem = problem_that_chooses(layout)
     with deterministic_algorithms():
-        forward = hopper._index_of(problem)
-        backward = hopper._index_of_backward(problem)
+        forward = hopper._index_of_forward(problem, 1)
+        backward = hopper._index_of_backward(problem, 1)
     assert (forward.tile_q, forward.tile_kv) == shape
     assert (backward.tile_q, backward.tile_kv) == ((64, 16) if name == "random 16" else (64, 64))
 

@@ -1,6 +1,8 @@
 """A patched model computes the layout within its own mask: against transformers' eager attention with a dense mask."""
 
 import copy
+import functools
+import importlib.util
 import inspect
 import io
 import logging
@@ -236,6 +238,17 @@ class RoundedLayer(QuantizedLayer):
         return quantized[0].to(quantized[1]) / 8
 
 
+def quantized_by(backend, options, model):
+    return QuantizedCache(backend, model.config, **options)
+
+
+def has_package(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor what it is a part of
+        return False
+
+
 def quantized_caches():
     def grouped(model):
         count = model.config.num_hidden_layers
@@ -244,6 +257,11 @@ def quantized_caches():
     caches = {"grouped": grouped}
     if "fp8" in inspect.getsource(QuantizedCache):  # from transformers 5.23 on
         caches["fp8"] = lambda model: QuantizedCache("fp8", model.config)
+    for name, package, axis in (("quanto", "optimum.quanto", 0), ("hqq", "hqq", 1)):
+        if has_package(package):  # neither is part of the tests' environment
+            options = dict(nbits=4, axis_key=axis, axis_value=axis, q_group_size=8)
+            options["residual_length"] = 4
+            caches[name] = functools.partial(quantized_by, name, options)
     return caches
 
 
@@ -252,7 +270,8 @@ def quantized_caches():
 def test_decoding_from_a_quantized_cache_is_eager_attention_from_it(family, cache):
     layout = PerHead((SinkWindow(2, 5), BlockDiagonal(8), SlidingWindow(7), Dense()))
     batch = make_batch(24)
-    batch["attention_mask"][1] = 1
+    # A group of theirs may hold keys of padding, which eager attention makes up: they change how the others are rounded.
+    batch["attention_mask"][slice(None) if cache in ("quanto", "hqq") else 1] = 1
     position_ids = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
     def decode(model):
@@ -425,8 +444,9 @@ def test_layers_are_chosen_by_number_type_and_turn(family, options, chosen, has)
 
 
 def test_layers_are_counted_in_each_stack_and_cross_attention_is_left():
-    model = patch_model(bart(), SlidingWindow(4), dense_every=2)
-    names = {f"model.{stack}.layers.0.self_attn" for stack in ("encoder", "decoder")}
+    model = patch_model(bart(layers=3), SlidingWindow(4), dense_every=2)
+    stacks, numbers = ("encoder", "decoder"), (0, 2)
+    names = {f"model.{stack}.layers.{number}.self_attn" for stack in stacks for number in numbers}
     assert set(layouts_in(model)) == names
     # Only the text part has such layers.
     model = llava()
@@ -683,14 +703,14 @@ def test_the_text_part_of_a_multimodal_model():
     assert torch.equal(model(**inputs).logits, dense)
 
 
-def bart():
+def bart(layers=1):
     torch.manual_seed(0)
     return BartForConditionalGeneration(
         BartConfig(
             vocab_size=VOCABULARY,
             d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
+            encoder_layers=layers,
+            decoder_layers=layers,
             encoder_attention_heads=4,
             decoder_attention_heads=4,
             encoder_ffn_dim=48,
@@ -705,7 +725,9 @@ def test_an_encoder_and_decoder_keep_their_cross_attention():
     batch = make_batch(30)
     batch["decoder_input_ids"] = make_batch(20, padded=False)["input_ids"]
     dense = model(**batch).logits
-    with pytest.raises(ValueError, match="are cross-attention, where a layout has no meaning"):
+    with pytest.raises(
+        ValueError, match=r"cross-attention, where .* as patch_.*layers=range\(\d\)"
+    ):
         patch_model(model, SlidingWindow(4))
     with pytest.raises(ValueError, match="layer 0, which is ambiguous in BartForConditionalGen"):
         patch_model(model, {0: SlidingWindow(4)})
@@ -1103,6 +1125,8 @@ def test_is_causal_false_makes_a_decoder_bidirectional():
         (Dense(), {"layers": "sliding_attention"}, ValueError, "Llama.* has no layer_types"),
         (Dense(), {"dense_every": 1}, ValueError, "dense_every got 1; it must be an integer of at"),
         (Dense(), {"dense_every": 2.0}, ValueError, "dense_every got 2.0"),
+        (Dense(), {"dense_every": 3}, ValueError, "dense_every got 3 for at most 2 layers in a"),
+        (Dense(), {"layers": [1], "dense_every": 2}, ValueError, "dense_every got 2 for at most 1"),
         ({0: Dense()}, {"dense_every": 2}, TypeError, "layout got layouts by layer"),
         (PerLayer({0: Dense()}), {"layers": [1]}, TypeError, "layout got layouts by layer"),
     ],
@@ -1167,6 +1191,27 @@ def test_masks_of_an_unexpected_rank_are_refused(shape):
             ValueError, match="attention_mask got shape .* it must be .3, 1 or heads"
         ):
             model(tokens, attention_mask=torch.ones(four, dtype=torch.bool))
+
+
+def test_a_4d_mask_of_another_dtype_is_refused():
+    model = patch_model(make_model("llama"), SinkWindow(2, 5))
+    tokens = make_batch(24, padded=False)["input_ids"]
+    with pytest.raises(TypeError, match="attention_mask got torch.int64 in 4 dim.*it must be bool"):
+        model(tokens, attention_mask=torch.ones(3, 1, 24, 24, dtype=torch.long))
+
+
+def test_a_part_of_a_patched_model_cannot_be_patched_again():
+    model, batch = make_model("llama", "sdpa"), make_batch()
+    dense = model(**batch).logits
+    patch_model(model.model, SlidingWindow(3))
+    sparse = patch_model(model, SinkWindow(2, 5))(**batch).logits
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
+    patch_model(model, SinkWindow(2, 5))
+    for change in (lambda: patch_model(model.model, Dense()), lambda: unpatch_model(model.model)):
+        with pytest.raises(ValueError, match="LlamaModel that was patched as a part of a larger"):
+            change()
+    assert torch.equal(model(**batch).logits, sparse)
+    assert torch.equal(unpatch_model(model)(**batch).logits, dense)
 
 
 def test_wrong_models_are_refused():

@@ -1,6 +1,8 @@
 """Calls that are done again from what was watched give what the ordinary code gives; what cannot be done again is refused."""
 
 import gc
+import threading
+from types import SimpleNamespace
 from weakref import ref
 
 import pytest
@@ -12,16 +14,28 @@ from hf_blocksparse import attention as attention_module
 from hf_blocksparse.block_index import clear_cache
 from hf_blocksparse.ops import triton as triton_ops
 from hf_blocksparse.ops.triton import recordings
+from hf_blocksparse.ops.triton.argument_block import Unsuited
 from hf_blocksparse.ops.triton.recordings import Recorder, Recording, Refused
 
 KEPT = torch.arange(5, dtype=torch.int32)
+
+
+class Kernel(str):
+    """Of a compiled kernel what matters: nobody but Triton's launcher can start it."""
+
+    name = property(str)
+    metadata = SimpleNamespace(target=SimpleNamespace(backend="none"))
+
+
+ONE, TWO, THREE = map(Kernel, ("one", "two", "three"))
 
 
 class Descriptor:
     """Of Triton's descriptors what matters: a base, and an attribute by which they are known."""
 
     def __init__(self, base):
-        self.base, self.block_shape = base, [1, 2]
+        self.base, self.block_shape, self.padding = base, [1, 2], "zero"
+        self.shape, self.strides = list(base.shape), list(base.stride())
 
 
 @pytest.fixture
@@ -43,8 +57,8 @@ def host_code(query, key, spoil=lambda query, key: None):
     recorder = recordings.watched()
     if recorder is not None:
         rows = (out, out.stride())
-        recorder.launched("one", (1, 2, 3), (query, Descriptor(key), (rows, None, KEPT), 1.5))
-        recorder.launched("two", (4, 1, 1), (first, second, Descriptor(out), KEPT, (7, 8)))
+        recorder.launched(ONE, (1, 2, 3), (query, Descriptor(key), (rows, None, KEPT), 1.5))
+        recorder.launched(TWO, (4, 1, 1), (first, second, Descriptor(out), KEPT, (7, 8)))
     return out, second, None
 
 
@@ -56,10 +70,14 @@ def watch(query, key, **options):
     return recorder.finish(results)
 
 
+def play(recording, *inputs):
+    return recording.play(inputs, [0 if tensor is None else tensor.data_ptr() for tensor in inputs])
+
+
 def test_a_recording_fills_in_other_tensors(started):
     recording = watch(torch.ones(5), torch.ones(6))
     query, key = torch.zeros(5), torch.zeros(6)
-    out, second, nothing = recording.play((query, None, key))
+    out, second, nothing = play(recording, query, None, key)
     assert nothing is None and out.shape == (3, 2, 4) and out.stride() == (4, 12, 1)
     assert not out.any() and second.shape == (6,) and second.isneginf().all()
     one, two = started
@@ -70,7 +88,7 @@ def test_a_recording_fills_in_other_tensors(started):
     first_pointer, second_pointer, descriptor, kept, strides = two[2]
     assert second_pointer == second.data_ptr() == first_pointer + 6 * 4
     assert descriptor.base.data_ptr() == out.data_ptr() and strides == (7, 8)
-    again, _, _ = recording.play((query, None, key))
+    again, _, _ = play(recording, query, None, key)
     assert again.data_ptr() != out.data_ptr()
 
 
@@ -79,10 +97,10 @@ def test_a_recording_holds_nothing_it_was_made_of(started):
 
     def launch_over_an_index(query, key):
         recorder = recordings.watched()
-        recorder.launched("three", (1, 1, 1), (*indices, Descriptor(key)))
+        recorder.launched(THREE, (1, 1, 1), (*indices, Descriptor(key)))
 
     recording = watch(query, key, spoil=launch_over_an_index)
-    assert recording.play((query, None, key)) is not None
+    assert play(recording, query, None, key) is not None
     alive = [ref(tensor) for tensor in (query, key, *indices)]
     other = torch.ones(5), None, torch.ones(6)
     del query, key
@@ -91,7 +109,82 @@ def test_a_recording_holds_nothing_it_was_made_of(started):
     gc.collect()
     assert [tensor() for tensor in alive] == [None] * 3
     # The index is gone: the ordinary code must make another.
-    assert recording.play(other) is None and not started
+    assert play(recording, *other) is None and not started
+
+
+class Block:
+    """Of an `ArgumentBlock` what it was made of and where the tensors lay when it was started."""
+
+    def __init__(self, launches):
+        self.launches, self.started = launches, []
+
+    def start(self, addresses, stream):
+        self.started.append((addresses, stream))
+
+
+@pytest.fixture
+def blocks(monkeypatch, started):
+    monkeypatch.setattr(recordings, "ArgumentBlock", Block)
+    monkeypatch.setattr(recordings, "check_suited", lambda compiled, grid: None)
+    monkeypatch.setattr(recordings, "_hooks", lambda: ([], []))
+
+
+def test_a_block_gets_results_of_their_own_and_one_memory_for_the_rest(blocks, started):
+    def use_scratch(query, key):
+        one, other = query.new_empty(3, 5), query.new_empty(7)
+        recorder = recordings.watched()
+        recorder.launched(THREE, (1, 1, 1), (query, one[1], other, (other[2:], 5)))
+
+    recording = watch(torch.ones(5), torch.ones(6), spoil=use_scratch)
+    block = recording.block
+    # Results are filled, so they are apart; one and other lie in one piece, each where any tensor might begin.
+    assert len(block.allocations) == 2 and len(block.fills) == 2 and block.scratch_bytes == 2 * 512
+    scratch = 3 + 2
+    three, one, two = (arguments for _, _, arguments in block.arguments.launches)
+    assert three == ((0, 0), (scratch, 5 * 4), (scratch, 512), ((scratch, 512 + 2 * 4), 5))
+    out, second = 3, 4
+    assert one[0] == (0, 0) and one[1].place == (2, 0) and one[1].shape == (6,)
+    assert one[2:] == ((((out, 0), (4, 12, 1)), None, KEPT.data_ptr()), 1.5)
+    assert two[:2] == ((second, 0), (second, 6 * 4)) and two[2].place == (out, 0)
+    query, key = torch.zeros(5), torch.zeros(6)
+    for _ in range(2):
+        out, second, nothing = play(recording, query, None, key)
+        assert nothing is None and out.stride() == (4, 12, 1) and not out.any()
+        assert second.shape == (6,) and second.isneginf().all()
+        addresses, stream = block.arguments.started[-1]
+        assert stream == 7 and addresses[:3] == [query.data_ptr(), 0, key.data_ptr()]
+        assert addresses[3:5] == [out.data_ptr(), second.data_ptr() - 6 * 4]
+        assert len(addresses) == 6 and addresses[5] != 0
+    assert not started and len(block.arguments.started) == 2
+
+
+def test_listeners_of_launches_and_late_fills_keep_tritons_launcher(blocks, started, monkeypatch):
+    recording = watch(torch.ones(5), torch.ones(6))
+    monkeypatch.setattr(recordings, "_hooks", lambda: ([print], []))
+    query, key = torch.zeros(5), torch.zeros(6)
+    out, _, _ = play(recording, query, None, key)
+    assert [call[0] for call in started] == ["one", "two"] and not recording.block.arguments.started
+    assert not out.any()
+
+    def fill_late(query, key):
+        scratch = query.new_empty(4)
+        recordings.watched().launched(THREE, (1, 1, 1), (scratch,))
+        scratch.zero_()
+
+    recording = watch(query, key, spoil=fill_late)
+    assert recording.block == "a tensor is filled after a kernel was given it"
+
+
+def test_what_a_block_refuses_is_left_to_tritons_launcher(blocks, started, monkeypatch):
+    def refuse(launches):
+        raise Unsuited("a reason")
+
+    monkeypatch.setattr(recordings, "ArgumentBlock", refuse)
+    query, key = torch.ones(5), torch.ones(6)
+    recording = watch(query, key)
+    assert recording.block == "a reason"
+    play(recording, query, None, key)
+    assert [call[0] for call in started] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -103,11 +196,11 @@ def test_a_recording_holds_nothing_it_was_made_of(started):
         (lambda query, key: query.zero_(), "aten.zero_"),
         (lambda query, key: KEPT.fill_(0), "aten.fill_"),
         (
-            lambda query, key: recordings.watched().launched("three", (1,) * 3, (query.view(5, 1),)),
+            lambda query, key: recordings.watched().launched(THREE, (1,) * 3, (query.view(5, 1),)),
             "a view of an input",
         ),
         (
-            lambda query, key: recordings.watched().launched("three", (1,) * 3, (Descriptor(KEPT),)),
+            lambda query, key: recordings.watched().launched(THREE, (1,) * 3, (Descriptor(KEPT),)),
             "a descriptor of a tensor that is older",
         ),
     ],
@@ -174,6 +267,8 @@ def recorded_calls(monkeypatch):
 def assert_recorded(known):
     others = {key: found for key, found in known.items() if not isinstance(found, Recording)}
     assert known and not others, others
+    for recording in known.values():
+        assert not isinstance(recording.block, str), recording.block
 
 
 def draw(seed, query_len=300, kv_len=300, heads_outside=True, head_dim=64):
@@ -281,6 +376,34 @@ def test_recorded_calls_on_another_stream_and_in_a_graph(recorded_calls):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected[1])
+
+
+@pytest.mark.gpu
+def test_threads_that_never_used_the_device_share_a_recording(recorded_calls):
+    layout, options = SinkWindow(4, 100), dict(is_causal=True)
+    drawn = [draw(seed) for seed in range(4)]
+    grads = [torch.randn_like(tensors[0]) for tensors in drawn]
+    expected = [results(t, g, layout, **options) for t, g in zip(drawn, grads, strict=True)]
+    assert_recorded(recorded_calls())
+    torch.cuda.synchronize()
+    found = [[] for _ in drawn]
+
+    def run(number):
+        for _ in range(20):
+            found[number].append(results(drawn[number], grads[number], layout, **options))
+        torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(drawn))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rounds, right in zip(found, expected, strict=True):
+        assert len(rounds) == 20
+        for got in rounds:
+            assert torch.equal(got[0], right[0]) and torch.equal(got[1], right[1])
+            for ours, one in zip(got[2:], right[2:], strict=True):
+                torch.testing.assert_close(ours, one, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.gpu

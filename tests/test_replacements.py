@@ -328,6 +328,41 @@ def test_weights_are_refused(family):
         model(**make_batch())
 
 
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj"])
+def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family, tmp_path):
+    model, batch = patch_model(make_model(family), SPARSE), make_batch(padded=False)
+    lengths = torch.tensor([0, 13, 40], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q got packed documents in .*drops"):
+        model(**batch, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_k got packed documents"):
+        model.base_model(**batch, cu_seq_lens_k=lengths)
+    positions = torch.cat([torch.arange(13), torch.arange(27)])[None].expand(3, -1)
+    if family != "gptj":
+        with pytest.raises(NotImplementedError, match="whose forward does not take it and would"):
+            model(**batch, position_ids=positions)
+    else:
+        packed = model(**batch, position_ids=positions, use_cache=False).logits
+        parts = [model(part).logits for part in batch["input_ids"].split([13, 27], 1)]
+        torch.testing.assert_close(packed, torch.cat(parts, 1), **LOGITS)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q got packed documents in .*drops"):
+        loaded(**batch, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    for one in (model, loaded):
+        unpatch_model(one)
+        assert not any(module._forward_pre_hooks for module in one.modules())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj", "falcon, rotary, grouped"])
+def test_a_compiled_model_is_itself(family, padded):
+    model, batch = patch_model(make_model(family), SPARSE), make_batch(padded=padded)
+    real, compiled = real_tokens(batch), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(**batch).logits[real]
+        torch.testing.assert_close(compiled(**batch).logits[real], expected, **LOGITS)
+
+
 def test_a_layer_cannot_keep_its_own_attention(tmp_path):
     model = make_model("bloom")
     config = model.config.to_dict()
@@ -477,6 +512,22 @@ def test_a_big_bird_takes_any_layout(attention_type, padded):
         assert_same(run(model, batch), expected)
         # Its own attention would have switched to the full one for so short an input.
         assert unpatch_model(model).bert.attention_type == attention_type
+
+
+def test_a_big_bird_decodes_from_a_cache_before_it_was_ever_called():
+    def decoder(attention_type):
+        torch.manual_seed(0)
+        config = BigBirdConfig(
+            **_ENCODER, attention_type=attention_type, block_size=16, is_decoder=True
+        )
+        return spread_out(BigBirdForCausalLM(config))
+
+    batch, options = make_batch(14, padded=False), dict(max_new_tokens=8, do_sample=False)
+    options |= dict(eos_token_id=None, pad_token_id=0)
+    expected = patch_model(decoder("original_full"), SPARSE).generate(**batch, **options)
+    for use_cache in (True, False):
+        model = patch_model(decoder("block_sparse"), SPARSE)
+        assert torch.equal(model.generate(**batch, **options, use_cache=use_cache), expected)
 
 
 @pytest.mark.parametrize("make", [longformer, big_bird])

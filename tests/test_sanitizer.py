@@ -30,9 +30,12 @@ HOPPER = {
     "assign_kernel",
     "transpose_bank_kernel",
     "forward_kernel",
+    "small_forward_kernel",
     "prepare_kernel",
     "backward_kernel",
     "store_kernel",
+    "key_pass_kernel",
+    "query_pass_kernel",
 }
 needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="needs compute capability 9.0")
 pytestmark = pytest.mark.gpu
@@ -61,6 +64,12 @@ def finds_what_is_planted(tool: str) -> bool:
     return errors > 0 and planted in said
 
 
+@cache
+def finds_hazards_where_none_are(tool: str) -> bool:
+    _, errors = sanitized(tool, "ordered")
+    return errors > 0
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(
     ("part", "kernels"),
@@ -69,6 +78,11 @@ def finds_what_is_planted(tool: str) -> bool:
 )
 def test_the_kernels_are_clean(part, kernels, tool):
     assert finds_what_is_planted(tool)
+    if part == "hopper" and finds_hazards_where_none_are(tool):
+        assert tool == "racecheck"
+        pytest.skip(
+            "racecheck finds hazards in a kernel without any, which its warps' barriers order: it cannot judge the kernels for Hopper"
+        )
     said, errors = sanitized(tool, part)
     assert errors == 0, said[:4000]
     launched = json.loads(re.findall(r"^\{.*\}$", said, re.MULTILINE)[-1])

@@ -19,8 +19,13 @@ TENSOR_MEMORY_COLUMNS = 512
 
 
 @pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
-    """Runs `compile_kernels.py` once per target, as many at a time as there are cores, with an empty cache."""
+def compilations(request, tmp_path_factory):
+    """Runs `compile_kernels.py` for each target that a selected test names, as many at a time as there are cores, with an empty cache."""
+    targets = [
+        item.callspec.params["target"]
+        for item in request.session.items
+        if item.path == request.path and "target" in item.fixturenames
+    ]
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
     environment.pop("TRITON_INTERPRET", None)
     environment["PYTHONPATH"] = os.pathsep.join(
@@ -32,7 +37,7 @@ def compilations(tmp_path_factory):
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield dict(zip(LIMITS, pool.map(compile_for, LIMITS), strict=True))
+        yield dict(zip(targets, pool.map(compile_for, targets), strict=True))
 
 
 @pytest.mark.parametrize("target", LIMITS)
@@ -51,3 +56,5 @@ def test_kernels_compile_and_fit(compilations, target):
     for record in records:
         assert record["shared"] <= LIMITS[target], record
         assert (record.get("tensor_memory") or 0) <= TENSOR_MEMORY_COLUMNS, record
+        assert record.get("laid_out") == record.get("declared"), record
+        assert ("declared" in record) == target.startswith("sm_")

@@ -1,6 +1,5 @@
 """The Triton kernels against dense attention in float64: in the interpreter without a GPU, on the GPU with `-m gpu`."""
 
-import math
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from numerics import make_qkv
 from scenarios import Scenario, check
+from torch.autograd import forward_ad
 
 from hf_blocksparse import (
     BigBird,
@@ -176,6 +176,8 @@ _CROSS[:, :, [1, 4, 9]] = _CROSS[:, 9] = True
 _CROSS[1] |= torch.rand(16, 16, generator=torch.Generator().manual_seed(9)) < 0.3
 CROSS = TensorLayout.from_tensor(_CROSS, 16)
 
+WHEREVER = 1e6  # a share of coefficients that no layout exceeds
+
 # Lists that do not fill their last tile, strips that straddle the ends of sequences or lie behind them.
 GATHERED = {
     "blocks of 16 by head": Scenario(SCATTERED_16, 250, is_causal=False, heads=4, kv_heads=2),
@@ -206,7 +208,7 @@ GATHERED = {
 @pytest.fixture
 def strips_used(monkeypatch):
     """The widths of the strips that kernels gathered, 0 for whole tiles; strips are taken wherever there are some."""
-    monkeypatch.setattr(launch, "GATHERED_RATE", math.inf)
+    monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
@@ -222,6 +224,7 @@ def strips_used(monkeypatch):
 @pytest.fixture
 def tiles_of_64(monkeypatch):
     """Also where smaller ones would be chosen, so that a tile holds several strips."""
+    monkeypatch.setattr(launch, "tile_sizes", lambda *_: TileSizes(64, 64, 4, 3))
     monkeypatch.setattr(
         launch, "gathered_tile_sizes", lambda *facts: TileSizes(64, 64, 4, 3, strip=facts[-1])
     )
@@ -260,6 +263,56 @@ def test_gathered_tiles_match_dense_attention_in_bfloat16(name, strips_used):
     assert strips_used == {GATHERED[name].layout.grain}
 
 
+@pytest.fixture
+def narrow_key_tiles(monkeypatch):
+    """How wide the key tiles of dK and dV were, which are one block's wherever strips are taken."""
+
+    def sizes(backend, capability, direction, *rest):
+        is_known = direction == "grad_key_value"
+        return TileSizes(64, rest[-1], 4, 3, strip=rest[-1]) if is_known else None
+
+    def launch_and_note(kernel, grid, arguments, constants, options):
+        if kernel is launch.grad_key_value_kernel:
+            used.add(constants["TILE_KV"])
+        launch_as_ever(kernel, grid, arguments, constants, options)
+
+    used = set()
+    launch_as_ever = launch.launch
+    monkeypatch.setattr(launch, "launch", launch_and_note)
+    monkeypatch.setattr(launch, "narrow_tile_sizes", sizes)
+    monkeypatch.setattr(launch, "NARROW_RATES", {16: WHEREVER, 32: WHEREVER})
+    return used
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GATHERED)
+def test_narrow_key_tiles_match_dense_attention_in_float32(
+    name, device, strips_used, tiles_of_64, narrow_key_tiles
+):
+    scenario = GATHERED[name]
+    check(scenario, device)
+    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", GATHERED)
+def test_narrow_key_tiles_match_dense_attention_on_tensor_cores(
+    name, head_dim, dtype, strips_used, narrow_key_tiles
+):
+    scenario = replace(GATHERED[name], head_dim=head_dim, value_dim=None, dtype=dtype)
+    check(scenario, "cuda")
+    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_long_columns_of_narrow_key_tiles_in_parts_match_dense_attention(
+    device, strips_used, tiles_of_64, narrow_key_tiles, in_parts
+):
+    check(GATHERED["whole columns and rows, documents"], device)
+    assert narrow_key_tiles == {16} and in_parts
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monkeypatch):
     monkeypatch.setattr(launch, "GATHERED_RATE", 0.7)
@@ -272,6 +325,116 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     strips_used.clear()
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
     assert strips_used == {0}
+
+
+def shared_by_groups(num_blocks: int, block_size: int, groups: int, group_size: int) -> PerHead:
+    """Scattered blocks and the diagonal, others for each group of heads."""
+    layouts = []
+    for group in range(groups):
+        kept = torch.rand(num_blocks, num_blocks, generator=torch.Generator().manual_seed(group))
+        kept = (kept < 0.3) | torch.eye(num_blocks, dtype=torch.bool)
+        layouts += group_size * [TensorLayout.from_tensor(kept, block_size)]
+    return PerHead(tuple(layouts))
+
+
+# Heads of a group that share a layout, with the number of them whose rows fill a tile of 64.
+PACKED = {
+    "four heads, blocks of 16": (4, Scenario(shared_by_groups(16, 16, 2, 4), 250, heads=8)),
+    "four heads, blocks of 32": (2, Scenario(shared_by_groups(8, 32, 2, 4), 230, heads=8)),
+    "two heads": (
+        2,
+        Scenario(SCATTERED_32 & shared_by_groups(16, 16, 2, 2), 250, heads=4, is_causal=False),
+    ),
+    "three heads": (4, Scenario(shared_by_groups(16, 16, 2, 3), 180, 256, heads=6, grad_lse=True)),
+    "six heads": (4, Scenario(shared_by_groups(8, 16, 1, 6), 128, heads=6, kv_heads=1)),
+    "pairs of a group": (2, Scenario(shared_by_groups(8, 16, 4, 2), 128, heads=8)),
+    "attn_mask": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 1, 4),
+            170,
+            batch=2,
+            heads=4,
+            kv_heads=1,
+            mask_density=0.5,
+            mask_by_head=False,
+        ),
+    ),
+    "attn_mask by head": (
+        1,
+        Scenario(shared_by_groups(8, 16, 1, 4), 120, heads=4, kv_heads=1, mask_density=0.5),
+    ),
+    "padding": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 2, 4),
+            150,
+            batch=3,
+            heads=8,
+            padding=True,
+            runs=((0, 30, 150), (1, 0, 97), (2, 64, 128)),
+        ),
+    ),
+    "everything": (
+        4,
+        Scenario(
+            shared_by_groups(12, 16, 2, 3),
+            180,
+            batch=2,
+            runs=((0, 0, 3), (0, 3, 80), (0, 85, 180), (1, 10, 180)),
+            heads=6,
+            head_dim=24,
+            value_dim=40,
+            softcap=3.0,
+            sinks=True,
+            dropout_p=0.4,
+            alibi="by batch row and head",
+            grad_lse=True,
+            rows_outside_heads=True,
+        ),
+    ),
+}
+
+
+@pytest.fixture
+def members_used(monkeypatch):
+    """How many heads filled the query tiles of kernels; strips are taken wherever there are some."""
+    monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
+    used = set()
+
+    def launch_and_note(kernel, grid, arguments, constants, options):
+        if "MEMBERS" in constants:
+            used.add(constants["MEMBERS"])
+        launch_as_ever(kernel, grid, arguments, constants, options)
+
+    launch_as_ever = launch.launch
+    monkeypatch.setattr(launch, "launch", launch_and_note)
+    return used
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_heads_match_dense_attention_in_float32(name, device, members_used, tiles_of_64):
+    members, scenario = PACKED[name]
+    check(scenario, device)
+    assert members_used == {members}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["four heads, blocks of 32", "everything"])
+def test_packed_heads_match_dense_attention_in_float16(name, device, members_used, tiles_of_64):
+    members, scenario = PACKED[name]
+    check(replace(scenario, dtype=torch.float16), device)
+    assert members_used == {members}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_heads_match_dense_attention_on_tensor_cores(name, head_dim, dtype, members_used):
+    members, scenario = PACKED[name]
+    check(replace(scenario, head_dim=head_dim, value_dim=None, dtype=dtype), "cuda")
+    assert members_used == {members}
 
 
 IN_PARTS = {
@@ -328,7 +491,7 @@ def test_long_columns_in_parts_match_dense_attention_in_float32(name, device, in
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_columns_in_parts_match_dense_attention_in_float16(device, in_parts):
-    check(replace(IN_PARTS["documents and everything"], dtype=torch.float16), device)
+    check(replace(IN_PARTS["one key head for all"], dtype=torch.float16), device)
     assert in_parts
 
 
@@ -349,10 +512,10 @@ def test_long_columns_in_parts_match_dense_attention_on_tensor_cores(name, dtype
     assert in_parts
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_of_long_columns_are_bitwise_reproducible(device, in_parts):
+@pytest.mark.gpu  # the interpreter runs one program after the other
+def test_gradients_of_long_columns_are_bitwise_reproducible(in_parts):
     scenario = IN_PARTS["one key head for all"]
-    inputs = scenario.inputs(device)
+    inputs = scenario.inputs("cuda")
 
     def attend(query, key, value, _):
         return block_sparse_attention(
@@ -398,9 +561,9 @@ def test_tensors_that_descriptors_cannot_read(device):
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_results_are_bitwise_reproducible(device):
-    inputs = SCENARIOS["everything"].inputs(device)
+@pytest.mark.gpu  # the interpreter runs one program after the other
+def test_results_are_bitwise_reproducible():
+    inputs = SCENARIOS["everything"].inputs("cuda")
 
     def attend(query, key, value, sinks):
         return block_sparse_attention(
@@ -432,6 +595,15 @@ def test_a_second_derivative_names_the_remedy(device):
     (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative.*use impl='torch'"):
         torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_forward_mode_derivative_is_not_lost_without_gradients(device):
+    query, key, value = make_qkv(1, 2, 2, 20, 20, 16, 16, dtype=torch.float32, device=device)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            block_sparse_attention(dual, key, value, WINDOW, impl="triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -66,6 +66,7 @@ def test_the_chosen_sizes_are_those_of_one_kernel(kernel):
         elif kernel.startswith("gathered"):
             assert launch.gathered_tile_sizes(*facts) == TileSizes(64, 32, 4, 1, strip=32)
             assert launch.tile_sizes(*facts) == before[0](*facts)
+            assert launch.narrow_tile_sizes(*facts) is None
         else:
             assert launch.tile_sizes(*facts) == TileSizes(64, 32, 4, 1)
             assert launch.gathered_tile_sizes(*facts) is None

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from hf_blocksparse import Layout
-from hf_blocksparse.transformers_masks import NamedMaskFunction
+if TYPE_CHECKING:
+    from hf_blocksparse import Layout
 
 VOCABULARY = 97
 HEADS = 4
@@ -234,6 +235,9 @@ def real_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 def _is_local(mask_function: object) -> bool:
     """Whether transformers' mask function has a window or chunks anywhere inside."""
+    # Here, as models are also made where hf_blocksparse must not be imported.
+    from hf_blocksparse.transformers_masks import NamedMaskFunction
+
     if isinstance(mask_function, tuple):
         return any(map(_is_local, mask_function))
     if not isinstance(mask_function, NamedMaskFunction):
@@ -245,7 +249,7 @@ def _is_local(mask_function: object) -> bool:
 
 @contextmanager
 def eager_attention_within(
-    layout: Layout,
+    layout: "Layout",
     *,
     is_causal: bool,
     positions: Tensor | None = None,

@@ -22,7 +22,7 @@ class IndexFor(Protocol):
     """The block index of a call for a tile shape, built on first use and cached.
 
     With `of_queries_alone` it may begin at a later query tile than the first, its `first_q_tile`, and costs no more than the tiles that
-    the rows near the call's queries keep. With `strips` it is one of those where they suit the layout better.
+    the rows near the call's queries keep. With `strips` it is one of those where some of them suit the layout better.
     """
 
     def __call__(
@@ -30,7 +30,7 @@ class IndexFor(Protocol):
         tile_q: int,
         tile_kv: int,
         of_queries_alone: bool = False,
-        strips: Strips | None = None,
+        strips: tuple[Strips, ...] = (),
         /,
     ) -> BlockIndex: ...
 

@@ -9,6 +9,7 @@ This module names the classes without importing transformers; each family's file
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -45,6 +46,7 @@ def _name_of(kind: type) -> str:
 
 
 def is_replaced(module: nn.Module) -> bool:
+    """Whether `module` is of a replacement's class."""
     return type(module).__module__.startswith(f"{__name__}.")
 
 
@@ -73,16 +75,19 @@ def install(model: nn.Module, paths: Iterable[str]) -> None:
     """Give the attention modules at `paths` that have a replacement theirs."""
     for path in paths:
         module = model.get_submodule(path)
-        if is_replaced(module) or not has_replacement(module):
+        if not has_replacement(module):
             continue
-        around = _model_around(model, path)
+        models = _models_around(model, path)
+        for one in models:
+            _watch(one)
+        if is_replaced(module):  # by a model inside this one
+            continue
+        around = models[-1]
         replacement = _replacement(type(module))
         if not hasattr(module, "config"):
             _set(module, "config", around.config)
         for owner, name, value in replacement.settings_around(around):
             _set(owner, name, value)
-        if _refuse_weights not in around._forward_pre_hooks.values():
-            around.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
         _undo_of(module)["class"] = type(module)
         _become(module, replacement)
 
@@ -91,7 +96,7 @@ def uninstall(model: nn.Module) -> None:
     """Undo `install` everywhere in `model`."""
     for module in model.modules():
         hooks = module._forward_pre_hooks
-        for number in [key for key, hook in hooks.items() if hook is _refuse_weights]:
+        for number in [key for key, hook in hooks.items() if hook in _WATCHING]:
             del hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
         undo = module.__dict__.pop(_UNDO_ATTRIBUTE, None)
@@ -129,13 +134,13 @@ def native_layout(config: PreTrainedConfig, length: int | None = None) -> PerLay
     return import_module(f"{__name__}.{file}").native_layout(config, length)
 
 
-def _model_around(model: nn.Module, path: str) -> PreTrainedModel:
-    """The innermost transformers model that holds the module at `path`."""
+def _models_around(model: nn.Module, path: str) -> list[PreTrainedModel]:
+    """The transformers models that hold the module at `path`, the innermost last."""
     from transformers import PreTrainedModel
 
     names = path.split(".")
     around = (model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
-    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+    return [module for module in around if isinstance(module, PreTrainedModel)]
 
 
 def _undo_of(module: nn.Module) -> dict[str, Any]:
@@ -158,6 +163,16 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = MethodType(kind.forward, module)
 
 
+def _watch(model: PreTrainedModel) -> None:
+    """Refuse calls of `model` with arguments that it drops on the way to its replaced attention."""
+    hooks = [_refuse_weights, _refuse_lengths]
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        hooks.append(_refuse_positions)
+    for hook in hooks:
+        if hook not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _refuse_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     wanted = kwargs.get("output_attentions")
     if module.config.output_attentions if wanted is None else wanted:
@@ -165,3 +180,23 @@ def _refuse_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> N
             f"output_attentions got True in {type(module).__name__}, whose attention is replaced by a block-sparse one that never makes "
             "the weights; look at them in the model before patch_model, or after unpatch_model."
         )
+
+
+def _refuse_lengths(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name} got packed documents in {type(module).__name__}, which drops it before its attention, so that they would read "
+                "each other; this family has to be told of documents in another way; give them one by one, or padded."
+            )
+
+
+def _refuse_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("position_ids") is not None:
+        raise NotImplementedError(
+            f"position_ids got a tensor in {type(module).__name__}, whose forward does not take it and would drop it; positions of this "
+            "family follow from attention_mask; leave it out, and give packed documents one by one, or padded."
+        )
+
+
+_WATCHING = (_refuse_weights, _refuse_lengths, _refuse_positions)

@@ -73,7 +73,10 @@ class BlockSparseBigBirdSelfAttention(_BigBirdAttention, BigBirdSelfAttention):
 
 
 class BlockSparseBigBirdBlockSparseAttention(_BigBirdAttention, BigBirdBlockSparseAttention):
-    pass
+    @property
+    def layer_idx(self) -> int:
+        """Place in a cache, which the family's own block-sparse attention never uses."""
+        return self.seed
 
 
 def native_layout(config: BigBirdConfig, length: int | None) -> PerLayer:

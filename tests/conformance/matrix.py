@@ -16,6 +16,7 @@ from typing import Any
 
 import accelerate
 import torch
+from conformance.verdict import NOT_APPLICABLE, REFUSED, WORKS, Verdict, described
 from tiny_models import (
     BIDIRECTIONAL,
     FAMILIES,
@@ -654,14 +655,6 @@ def judge(
         yield
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What became of one way of running one family: "works", "refused" or "not applicable", and why."""
-
-    outcome: str
-    reason: str = ""
-
-
 # What transformers raises where it cannot run a model some way.
 _THEIR_ERRORS = (
     NotImplementedError,
@@ -674,19 +667,19 @@ _THEIR_ERRORS = (
 )
 
 
-def run_cell(family: Family, feature: Feature) -> Cell:
+def run_cell(family: Family, feature: Feature) -> Verdict:
     """Run one family one way; AssertionError where the numbers are not the judge's."""
     if family.kind not in feature.kinds:
-        return Cell("not applicable", f"{family.kind} model")
+        return Verdict(NOT_APPLICABLE, f"{family.kind} model")
     reference = feature.reference or feature.run
     judge_model = family.model()
     with judge(family, feature, judge_model, packed=feature.positions is not None):
         try:
             own = feature.run(Run(family, judge_model, is_patched=False))
         except NotApplicable as reason:
-            return Cell("not applicable", str(reason))
+            return Verdict(NOT_APPLICABLE, str(reason))
         except _THEIR_ERRORS as error:
-            return Cell("not applicable", f"transformers: {_first_line(error)}")
+            return Verdict(NOT_APPLICABLE, f"transformers: {described(error)}")
     judge_model = family.model()
     with judge(family, feature, judge_model):
         expected = reference(Run(family, judge_model, is_patched=False))
@@ -694,8 +687,8 @@ def run_cell(family: Family, feature: Feature) -> Cell:
         try:
             _compare(own, expected)
         except AssertionError:
-            return Cell(
-                "not applicable",
+            return Verdict(
+                NOT_APPLICABLE,
                 "transformers' eager attention is not equal to the reference either",
             )
     model = family.model()
@@ -703,16 +696,12 @@ def run_cell(family: Family, feature: Feature) -> Cell:
         family.patch(model, kept=_slides if feature.keeps_sliding else lambda module: False)
         actual = feature.run(Run(family, model, is_patched=True))
     except (NotImplementedError, ValueError) as error:
-        return Cell("refused", _first_line(error))
+        return Verdict(REFUSED, described(error))
     if feature.low_precision:
         _compare_errors(actual, own, expected)
     else:
         _compare(actual, expected)
-    return Cell("works")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return Verdict(WORKS)
 
 
 def _compare(actual: Outcome, expected: Outcome) -> None:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import transformers
 from conformance.matrix import Family, Feature
+from conformance.verdict import NOT_APPLICABLE, REFUSED, WORKS
 from packaging.version import Version
-
-WORKS = ("works", "^$")
 
 # (families, features) -> outcome, pattern of the reason. None: all of them.
 _CELLS: list[tuple[set[str] | None, set[str] | None, tuple[str, str]]] = [
-    ({"t5"}, {"packed_positions"}, ("not applicable", "takes no position_ids")),
-    ({"t5"}, {"own_sliding_layers"}, ("not applicable", "does not mix")),
-    ({"t5"}, None, ("refused", r"passes \['position_bias'\]")),
+    ({"t5"}, {"packed_positions"}, (NOT_APPLICABLE, "takes no position_ids")),
+    ({"t5"}, {"own_sliding_layers"}, (NOT_APPLICABLE, "does not mix")),
+    ({"t5"}, None, (REFUSED, r"passes \['position_bias'\]")),
     (
         # Bidirectional masks, and the causal ones of OPT and gpt-oss, are made without position_ids; linear attention has none.
         {"bert", "roberta", "modernbert", "gpt_oss", "opt", "qwen3_next"},
         {"packed_positions"},
-        ("not applicable", "transformers' eager attention is not equal"),
+        (NOT_APPLICABLE, "transformers' eager attention is not equal"),
     ),
     (
         {"qwen3_next"},
         {"packed_lengths"},
-        ("not applicable", "linear attention reads across documents"),
+        (NOT_APPLICABLE, "linear attention reads across documents"),
     ),
-    ({"qwen3_next"}, {"assisted"}, ("not applicable", "transformers: .* stateful models")),
-    ({"llama4"}, {"offloaded"}, ("not applicable", "transformers: .* meta tensor")),
+    ({"qwen3_next"}, {"assisted"}, (NOT_APPLICABLE, "transformers: .* stateful models")),
+    ({"llama4"}, {"offloaded"}, (NOT_APPLICABLE, "transformers: .* meta tensor")),
     (
         {
             "bert",
@@ -43,7 +42,7 @@ _CELLS: list[tuple[set[str] | None, set[str] | None, tuple[str, str]]] = [
             "smollm3",
         },
         {"sliding_cache"},
-        ("not applicable", "no sliding windows"),
+        (NOT_APPLICABLE, "no sliding windows"),
     ),
     (
         {
@@ -65,7 +64,7 @@ _CELLS: list[tuple[set[str] | None, set[str] | None, tuple[str, str]]] = [
             "smollm3",
         },
         {"own_sliding_layers"},
-        ("not applicable", "does not mix"),
+        (NOT_APPLICABLE, "does not mix"),
     ),
 ]
 
@@ -87,13 +86,13 @@ def expected_cell(
 ) -> tuple[str, str]:
     """Outcome and pattern of the reason with a release of transformers."""
     if family.kind not in feature.kinds:
-        return ("not applicable", f"^{family.kind} model$")
+        return (NOT_APPLICABLE, f"^{family.kind} model$")
     if Version(release) < Version("5.23"):
         for families, features, reason in _OLDER_CELLS:
             if family.name in families and feature.name in features:
-                return ("not applicable", reason)
+                return (NOT_APPLICABLE, reason)
     for some_families, some_features, expected in _CELLS:
         is_family = some_families is None or family.name in some_families
         if is_family and (some_features is None or feature.name in some_features):
             return expected
-    return WORKS
+    return (WORKS, "^$")

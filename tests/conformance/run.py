@@ -21,6 +21,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,14 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from conformance.verdict import (  # noqa: E402
+    NOT_APPLICABLE,
+    NOT_BUILT,
+    REFUSED,
+    WORKS,
+    WRONG,
+    first_line,
+)
 
 from hf_blocksparse.run_record import (  # noqa: E402
     Environment,
@@ -235,7 +244,7 @@ def explain(error: str) -> str:
     for pattern, reason in EXPLANATIONS:
         if re.search(pattern, error):
             return reason
-    return error.strip().splitlines()[0][:200]
+    return first_line(error)
 
 
 def _record(
@@ -299,15 +308,14 @@ def run_matrix(args: argparse.Namespace) -> None:
         cells = {
             name: run_cell(ALL_FAMILIES[family], feature) for name, feature in FEATURES.items()
         }
-        results[family] = {
-            name: {"outcome": cell.outcome, "reason": cell.reason} for name, cell in cells.items()
-        }
+        results[family] = {name: asdict(cell) for name, cell in cells.items()}
         print(f"{family}: {dict(Counter(cell.outcome for cell in cells.values()))}", flush=True)
     write_record(_record(args, environment, started, results), args.output)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    from conformance.sweep import WRONG, examine, families
+    from conformance.small_models import families
+    from conformance.sweep import examine, families_alone
     from tqdm import tqdm
     from transformers.utils import logging
 
@@ -316,8 +324,10 @@ def run_sweep(args: argparse.Namespace) -> None:
     environment, started = describe_environment(torch.device("cpu")), time.perf_counter()
     results: dict[str, dict[str, dict[str, str]]] = {}
     chosen = [each for each in families() if not args.families or each[1] in args.families]
+    with tempfile.TemporaryDirectory() as folder:
+        alone = families_alone(Path(folder), args.families)
     for kind, name, config_class, model_class in tqdm(chosen, unit="family"):
-        verdict = examine(kind, config_class, model_class)
+        verdict = examine(kind, config_class, model_class, alone[kind, name])
         results.setdefault(kind, {})[name] = asdict(verdict)
         if verdict.outcome == WRONG:
             tqdm.write(f"{kind} {name}: {verdict.reason}")
@@ -371,7 +381,7 @@ def make_table(suite: RunRecord, matrix: RunRecord, sweep: RunRecord) -> str:
         cells = []
         for family in families:
             cell = matrix.results[family][name]
-            mark = {"works": "yes", "refused": "no", "not applicable": "-"}[cell["outcome"]]
+            mark = {WORKS: "yes", REFUSED: "no", NOT_APPLICABLE: "-"}[cell["outcome"]]
             if cell["reason"] and not cell["reason"].endswith(" model"):
                 reason = _escape(
                     re.sub(r"\b(encoder|decoder|model)[\w.]*\.\d[\w.]*", "LAYER", cell["reason"])
@@ -391,7 +401,7 @@ REASONS_OF_MANY = (
     (r"cannot be patched as a whole", "attention modules of their own"),
     (
         r"are cross-attention",
-        "a decoder's cross-attention has no layout: name the self-attention layers one by one",
+        "a decoder's cross-attention has no layout: choose its self-attention layers by `layers=range(n)`",
     ),
     (r"has no attention module", "no attention at all"),
     (r"parameters with small sizes", "large in spite of it"),
@@ -400,14 +410,13 @@ REASONS_OF_MANY = (
 
 def _sweep_section(sweep: RunRecord) -> list[str]:
     """What becomes of every language model: those that work by name, the others with the reason."""
-    from conformance.sweep import NOT_BUILT, REFUSED, WORKS
-
     lines = [
         "## Every language model",
         "",
         f"{_versions(sweep)}, CPU. Every causal and masked language model of transformers' auto classes, tiny and random, patched as a "
         "whole: with `Dense()` its logits have to be its own, with a window those of eager attention within it (where it has none that "
-        "reads transformers' masks, tokens out of reach must not matter), and unpatching has to bring back its logits bit for bit.",
+        "reads transformers' masks, tokens out of reach must not matter), and unpatching has to bring back its logits bit for bit. Each is "
+        "built in a process without this package, too: what is not built there is counted so, and what is has to compute the same.",
     ]
     for kind, made in sweep.results.items():
         works = [name for name, verdict in made.items() if verdict["outcome"] == WORKS]

@@ -35,6 +35,12 @@ GATHERED_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
 """Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
 
 On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both."""
+PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
+"""The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
+
+On an NVIDIA H200, random layouts of blocks of 16 and 32 that 4 heads share: 0.67 to 0.87 and 0.25 to 0.40. The backward's is lower because
+dK and dV are summed over the heads of a group, in key tiles as narrow as a block. Beside tiles of 64, taken where results must be
+reproducible, it would be higher, too."""
 SMALL_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 """Of kernels with tiles of 64: so many registers leave room for two programs on a multiprocessor."""
 ALIGNMENT_BYTES = 16
@@ -58,7 +64,7 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of(problem))
+        and _is_of_tiles(_index_of_forward(problem, query.shape[1] // key.shape[1]))
     )
 
 
@@ -74,33 +80,39 @@ def takes_backward(
     return (
         not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of_backward(problem))
+        and _is_of_tiles(_index_of_backward(problem, query.shape[1] // key.shape[1]))
     )
 
 
 def _is_of_tiles(index: BlockIndex) -> bool:
-    return index.tile_q == index.tile_kv
+    return min(index.tile_q, index.tile_kv) >= SMALL_TILE
 
 
-def _index_of(problem: Problem, largest: int = TILE) -> BlockIndex:
+def _index_of(problem: Problem, largest: int, group_size: int, packed_rate: float) -> BlockIndex:
     """The index for tiles of 64 or 128, whichever these kernels are faster with, or of strips where the portable kernels win with those.
 
-    `largest`: side of the tiles that may be chosen.
+    `largest`: side of the tiles that may be chosen; `packed_rate`: of strips whose tiles the `group_size` heads of a group fill together.
     """
     block_size = problem.block_size
     if 1 < block_size < SMALL_TILE:
         # Unions of them in tiles of 64 were nowhere faster than both.
-        strips = Strips(SMALL_TILE, block_size, GATHERED_RATES[largest])
+        strips = (Strips(SMALL_TILE, block_size, GATHERED_RATES[largest]),)
+        if group_size > 1:
+            strips += (Strips(SMALL_TILE, block_size, packed_rate, group_size),)
         return problem.index_for(largest, largest, False, strips)
     if largest == SMALL_TILE or block_size % TILE == 0:
         return problem.index_for(largest, largest)
-    return problem.index_for(TILE, TILE, False, Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE))
+    return problem.index_for(TILE, TILE, False, (Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE),))
 
 
-def _index_of_backward(problem: Problem) -> BlockIndex:
+def _index_of_forward(problem: Problem, group_size: int) -> BlockIndex:
+    return _index_of(problem, TILE, group_size, PACKED_FORWARD_RATE)
+
+
+def _index_of_backward(problem: Problem, group_size: int) -> BlockIndex:
     """Tiles of 128 have their parts of dQ added up in no fixed order; the kernels with tiles of 64 are reproducible."""
     is_fixed = torch.are_deterministic_algorithms_enabled()
-    return _index_of(problem, SMALL_TILE if is_fixed else TILE)
+    return _index_of(problem, SMALL_TILE if is_fixed else TILE, group_size, PACKED_BACKWARD_RATE)
 
 
 class Operand(NamedTuple):
@@ -214,7 +226,7 @@ def forward(
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
-    index = _index_of(problem)
+    index = _index_of_forward(problem, heads // key.shape[1])
     out = empty_rows_like(query, head_dim)
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
@@ -304,19 +316,11 @@ def backward(
         What `needed` names, each in its input's dtype and order of axes in memory, None elsewhere. The last bits of the gradient of query
         differ from call to call, but for layouts that take tiles of 64 and where torch's deterministic algorithms are on.
     """
-    from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
-    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel, store_kernel
-    from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
-    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
-    from hf_blocksparse.ops.triton.tiles import StridedRows
-
     if not any(needed[:3]):
         return None, None, None
-    batch, heads, query_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
     sequences = problem.sequences
-    index = _index_of_backward(problem)
-    grads = [empty_rows_like(tensor, head_dim) for tensor in (query, key, value)]
+    index = _index_of_backward(problem, query.shape[1] // key.shape[1])
+    grads = [empty_rows_like(tensor, query.shape[3]) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
         grad_query.zero_()
@@ -333,103 +337,157 @@ def backward(
             grad_query, grad_key, grad_value,
         )  # fmt: skip
     elif index.num_tiles:
-        dim = _padded(head_dim)
-        with current_device(query.device):
-            schedule = column_schedule_for(index, sequences, heads, kv_heads)
-            split = schedule.split
-            constants = backward_constants(head_dim, split is not None)
-            log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-            deltas = torch.empty_like(log2_sums)
-            sums = query.new_empty(
-                schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
-            )
-            key_parts = value_parts = sums  # not used
-            if split is not None:
-                rows = split.num_slots, TILE, dim
-                key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
-            items = sequences.q_items(TILE)
-            grid = (items.shape[0], heads, 1)
-            log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
-                StridedRows(tensor, tensor.stride()[:3])
-                for tensor in (log2_sums, deltas, out, grad_out, lse)
-            )
-            grad_lse_rows = StridedRows(None, (0, 0, 0))
-            if grad_lse is not None:
-                grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
-            dims = dict(HEAD_DIM=head_dim, DIM=dim)
-            launch(
-                prepare_kernel,
-                grid,
-                (
-                    out_rows,
-                    grad_out_rows,
-                    lse_rows,
-                    grad_lse_rows,
-                    log2_sum_rows,
-                    delta_rows,
-                    sums,
-                    items,
-                    sequences.table,
-                    schedule.first_slots,
-                ),
-                dims,
-                dict(num_warps=8),
-            )
-            launch(
-                backward_kernel,
-                (schedule.num_programs, 1, 1),
-                (
-                    _descriptor(query, constants["STEP"]),
-                    _descriptor(key, TILE // 2),
-                    _descriptor(value, TILE // 2),
-                    _descriptor(grad_out, constants["STEP"]),
-                    _sums_descriptor(sums),
-                    _descriptor(grad_key, TILE // 2),
-                    _descriptor(grad_value, TILE // 2),
-                    grad_key,
-                    grad_key.stride()[:3],
-                    grad_value,
-                    grad_value.stride()[:3],
-                    key_parts,
-                    value_parts,
-                    log2_sums,
-                    deltas,
-                    schedule.records,
-                    schedule.offsets,
-                    index.q_indices,
-                    index.q_mask_ids,
-                    transposed_bank(index),
-                    scale,
-                    scale * LOG2_E,
-                    heads,
-                    heads // kv_heads,
-                    query_len,
-                    kv_len,
-                ),
-                constants,
-                dict(num_warps=4),
-                (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
-            )
-            if split is not None:
-                launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
-            launch(
-                store_kernel,
-                grid,
-                (
-                    sums,
-                    StridedRows(grad_query, grad_query.stride()[:3]),
-                    items,
-                    sequences.table,
-                    schedule.first_slots,
-                    scale,
-                ),
-                dims,
-                dict(num_warps=4),
-            )
+        _run_one_pass(
+            grad_out, grad_lse, query, key, value, out, lse, sequences, index, scale,
+            grad_query, grad_key, grad_value,
+        )  # fmt: skip
     grad_query, grad_key, grad_value = (
         grad if flag else None for grad, flag in zip(grads, needed, strict=False)
     )
     return grad_query, grad_key, grad_value
+
+
+def _prepare_rows(
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    sequences: Sequences,
+    sums: Tensor | None = None,
+    first_slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Row terms of the backward kernels: log-sum-exps in base 2 and deltas, float32 [batch, query_heads, query_len].
+
+    Args:
+        sums: where dQ is added up, from slot `first_slots[sequence]` on; zeroed here. None for the two passes.
+    """
+    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
+    from hf_blocksparse.ops.triton.launch import launch
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    heads, head_dim = out.shape[1], out.shape[3]
+    log2_sums = out.new_empty(out.shape[:3], dtype=torch.float32)
+    deltas = torch.empty_like(log2_sums)
+    items = sequences.q_items(TILE)
+    log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
+        StridedRows(tensor, tensor.stride()[:3])
+        for tensor in (log2_sums, deltas, out, grad_out, lse)
+    )
+    grad_lse_rows = StridedRows(None, (0, 0, 0))
+    if grad_lse is not None:
+        grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
+    launch(
+        prepare_kernel,
+        (items.shape[0], heads, 1),
+        (
+            out_rows,
+            grad_out_rows,
+            lse_rows,
+            grad_lse_rows,
+            log2_sum_rows,
+            delta_rows,
+            sums,
+            items,
+            sequences.table,
+            first_slots,
+        ),
+        dict(HEAD_DIM=head_dim, DIM=_padded(head_dim)),
+        dict(num_warps=8),
+    )
+    return log2_sums, deltas
+
+
+def _run_one_pass(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    index: BlockIndex,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Writes all three gradients, of the rows that the sequences own, with tiles of 128."""
+    from hf_blocksparse.ops.hopper.backward_kernel import backward_kernel
+    from hf_blocksparse.ops.hopper.query_sums import store_kernel
+    from hf_blocksparse.ops.hopper.work import column_schedule_for, transposed_bank
+    from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
+    from hf_blocksparse.ops.triton.tiles import StridedRows
+
+    heads, query_len, head_dim = query.shape[1:]
+    kv_heads, kv_len = key.shape[1:3]
+    dim = _padded(head_dim)
+    with current_device(query.device):
+        schedule = column_schedule_for(index, sequences, heads, kv_heads)
+        split = schedule.split
+        constants = backward_constants(head_dim, split is not None)
+        sums = query.new_empty(
+            schedule.num_slots * heads * (TILE * dim // 32), 32, dtype=torch.float32
+        )
+        key_parts = value_parts = sums  # not used
+        if split is not None:
+            rows = split.num_slots, TILE, dim
+            key_parts, value_parts = query.new_empty(2, *rows, dtype=torch.float32)
+        log2_sums, deltas = _prepare_rows(
+            out, grad_out, lse, grad_lse, sequences, sums, schedule.first_slots
+        )
+        launch(
+            backward_kernel,
+            (schedule.num_programs, 1, 1),
+            (
+                _descriptor(query, constants["STEP"]),
+                _descriptor(key, TILE // 2),
+                _descriptor(value, TILE // 2),
+                _descriptor(grad_out, constants["STEP"]),
+                _sums_descriptor(sums),
+                _descriptor(grad_key, TILE // 2),
+                _descriptor(grad_value, TILE // 2),
+                grad_key,
+                grad_key.stride()[:3],
+                grad_value,
+                grad_value.stride()[:3],
+                key_parts,
+                value_parts,
+                log2_sums,
+                deltas,
+                schedule.records,
+                schedule.offsets,
+                index.q_indices,
+                index.q_mask_ids,
+                transposed_bank(index),
+                scale,
+                scale * LOG2_E,
+                heads,
+                heads // kv_heads,
+                query_len,
+                kv_len,
+            ),
+            constants,
+            dict(num_warps=4),
+            (query.dtype, grad_key.stride()[:3], grad_value.stride()[:3]),
+        )
+        if split is not None:
+            launch_add_parts(split, key_parts, value_parts, grad_key, grad_value, scale, 1.0)
+        items = sequences.q_items(TILE)
+        launch(
+            store_kernel,
+            (items.shape[0], heads, 1),
+            (
+                sums,
+                StridedRows(grad_query, grad_query.stride()[:3]),
+                items,
+                sequences.table,
+                schedule.first_slots,
+                scale,
+            ),
+            dict(HEAD_DIM=head_dim, DIM=dim),
+            dict(num_warps=4),
+        )
 
 
 def _run_two_passes(
@@ -448,47 +506,18 @@ def _run_two_passes(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
-    """Writes the gradients that `needed` names, of the rows that the sequences own."""
+    """Writes the gradients that `needed` names, of the rows that the sequences own, with tiles of 64."""
     from hf_blocksparse.ops.hopper.key_pass_kernel import key_pass_kernel
     from hf_blocksparse.ops.hopper.query_pass_kernel import query_pass_kernel
-    from hf_blocksparse.ops.hopper.query_sums import prepare_kernel
     from hf_blocksparse.ops.hopper.work import column_schedule_for, schedule_for, transposed_bank
     from hf_blocksparse.ops.triton.launch import current_device, launch, launch_add_parts
-    from hf_blocksparse.ops.triton.tiles import StridedRows
 
-    batch, heads, query_len, head_dim = query.shape
+    heads, query_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
     dim = _padded(head_dim)
     counts = (heads, heads // kv_heads, query_len, kv_len)
     with current_device(query.device):
-        log2_sums = query.new_empty(batch, heads, query_len, dtype=torch.float32)
-        deltas = torch.empty_like(log2_sums)
-        items = sequences.q_items(TILE)
-        log2_sum_rows, delta_rows, out_rows, grad_out_rows, lse_rows = (
-            StridedRows(tensor, tensor.stride()[:3])
-            for tensor in (log2_sums, deltas, out, grad_out, lse)
-        )
-        grad_lse_rows = StridedRows(None, (0, 0, 0))
-        if grad_lse is not None:
-            grad_lse_rows = StridedRows(grad_lse, grad_lse.stride()[:3])
-        launch(
-            prepare_kernel,
-            (items.shape[0], heads, 1),
-            (
-                out_rows,
-                grad_out_rows,
-                lse_rows,
-                grad_lse_rows,
-                log2_sum_rows,
-                delta_rows,
-                None,
-                items,
-                sequences.table,
-                None,
-            ),
-            dict(HEAD_DIM=head_dim, DIM=dim),
-            dict(num_warps=8),
-        )
+        log2_sums, deltas = _prepare_rows(out, grad_out, lse, grad_lse, sequences)
         inputs = (
             _descriptor(query, SMALL_TILE),
             _descriptor(key, SMALL_TILE),

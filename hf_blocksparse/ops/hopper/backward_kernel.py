@@ -42,9 +42,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hf_blocksparse.ops.hopper.compat import reinterpret, tma_add, tma_load
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, read_mask
 from hf_blocksparse.ops.hopper.tiles import (
+    COLUMN_RECORD,
     HALF,
     clear_foreign_rows,
     entry_of,
+    load_key_tile,
     load_steps_of_column,
     store_part,
     store_rows,
@@ -53,7 +55,6 @@ from hf_blocksparse.ops.hopper.tiles import (
 
 TILE = gl.constexpr(128)
 SLOTS = gl.constexpr(2)  # for Q and dO, and for dS
-RECORD = gl.constexpr(20)
 PART_ROWS = gl.constexpr(128)  # of 32 numbers each: a 64 x 64 part of dQ in float32
 
 
@@ -98,12 +99,8 @@ def producer(
     tile_begin = gl.load(offsets + gl.program_id(0))
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
-        of_tile = records + place * group_size * RECORD
-        batch = gl.load(of_tile)
-        kv_head = gl.load(of_tile + 1) // group_size
-        key_row = gl.load(of_tile + 2)
-        kv_begin = gl.load(of_tile + 3)
-        kv_end = gl.load(of_tile + 4)
+        of_tile = records + place * group_size * COLUMN_RECORD
+        batch, kv_head, key_row, kv_begin, kv_end = load_key_tile(of_tile, group_size)
         is_cut = straddles(key_row, key_rows, kv_begin, kv_end, TILE)
         mbarrier.wait(kv_free, (turn & 1) ^ 1)
         target = kv_filled.index(gl.where(is_cut, 1, 0))
@@ -123,7 +120,7 @@ def producer(
             num_cut_keys += 1
         turn += 1
         for member in range(0, group_size):
-            record = of_tile + member * RECORD
+            record = of_tile + member * COLUMN_RECORD
             head = gl.load(record + 1)
             query_shift = gl.load(record + 5)
             q_begin = gl.load(record + 6)
@@ -191,7 +188,7 @@ def adder(
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
         for member in range(0, group_size):
-            record = records + (place * group_size + member) * RECORD
+            record = records + (place * group_size + member) * COLUMN_RECORD
             head = gl.load(record + 1)
             first_slot = gl.load(record + 8)
             (
@@ -365,7 +362,7 @@ def consumer(
     tile_begin = gl.load(offsets + gl.program_id(0))
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
-        of_tile = records + place * group_size * RECORD
+        of_tile = records + place * group_size * COLUMN_RECORD
         first = number
         last = first + gl.load(of_tile + 16) * (TILE // STEP)
         key_sum = gl.zeros([HALF, DIM], gl.float32, ACCUMULATOR)
@@ -383,8 +380,8 @@ def consumer(
         )
         scores = warpgroup_mma_wait(0, deps=[scores])
         for member in range(0, group_size):
-            num_masked = gl.load(of_tile + member * RECORD + 14) * (TILE // STEP)
-            num_steps = gl.load(of_tile + member * RECORD + 15) * (TILE // STEP)
+            num_masked = gl.load(of_tile + member * COLUMN_RECORD + 14) * (TILE // STEP)
+            num_steps = gl.load(of_tile + member * COLUMN_RECORD + 15) * (TILE // STEP)
             masked_end = number + num_masked
             member_end = number + num_steps
             for step in range(number, masked_end):

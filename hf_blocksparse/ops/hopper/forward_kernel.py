@@ -35,14 +35,19 @@ from hf_blocksparse.ops.hopper.compat import (
     pair_barrier_sync,
     partition_barrier,
     tma_load,
-    tma_store,
 )
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, load_mask
+from hf_blocksparse.ops.hopper.tiles import (
+    HALF,
+    RECORD,
+    load_query_tile,
+    load_steps_of_row,
+    masked_entry,
+    store_rows,
+)
 
 TILE = gl.constexpr(128)
-HALF = gl.constexpr(64)  # query rows of one consumer
 Q_SLOTS = gl.constexpr(2)
-RECORD = gl.constexpr(16)
 FLOOR = gl.constexpr(
     -3.0e38
 )  # of the running maximum: rows that have met no key never see inf - inf
@@ -81,25 +86,6 @@ def some_by_polynomial(count: int) -> str:
 
 
 @gluon.jit
-def load_steps(record):
-    """Where the steps of a tile lie in the lists; see `work.RECORD`."""
-    partial_first = gl.load(record + 8)
-    num_partial = gl.load(record + 9)
-    full_first = gl.load(record + 10)
-    full_start = gl.load(record + 12)
-    num_masked = gl.load(record + 13)
-    full_last = full_first + gl.load(record + 14) - num_masked
-    return partial_first, num_partial, full_first, full_last, full_start, num_masked
-
-
-@gluon.jit
-def masked_entry(step, partial_first, num_partial, full_first, full_last, full_start):
-    """The entry of step `step` with a mask: the partial ones, then the full ones at the sequence's start and end."""
-    edge = gl.where(step - num_partial < full_start, full_first - 1, full_last)
-    return gl.where(step < num_partial, partial_first + step, edge)
-
-
-@gluon.jit
 def load_key_value(
     key_desc, value_desc, batch, head, row, number, keys, values,
     key_filled, key_free, value_filled, value_free,
@@ -129,14 +115,12 @@ def producer(
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
-        batch = gl.load(record)
-        head = gl.load(record + 1)
-        query_row = gl.load(record + 2)
-        key_shift = gl.load(record + 5)
+        batch, head, query_row, _, _, key_shift, _, _ = load_query_tile(record)
         tile = gl.load(record + 11)
-        partial_first, num_partial, full_first, full_last, full_start, num_masked = load_steps(
-            record
-        )
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, full_last,
+        ) = load_steps_of_row(record)  # fmt: skip
         for half in gl.static_range(2):
             slot = (turn % Q_SLOTS) * 2 + half
             mbarrier.wait(query_free.index(slot), ((turn // Q_SLOTS) & 1) ^ 1)
@@ -152,7 +136,7 @@ def producer(
         # The number of the next tile is on its way while the last one's slots are waited for.
         for step in range(1, num_masked + 1):
             entry = masked_entry(
-                step, partial_first, num_partial, full_first, full_last, full_start
+                step, partial_first, num_partial, full_first, full_start, full_last
             )
             entry = gl.where(step < num_masked, entry, full_first)
             next_tile = gl.load(
@@ -258,19 +242,14 @@ def consumer(
         pair_barrier_arrive(OTHERS_TURN)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
-        batch = gl.load(record)
-        head = gl.load(record + 1)
-        query_row = gl.load(record + 2) + CONSUMER * HALF
-        q_begin = gl.load(record + 3)
-        q_end = gl.load(record + 4)
-        key_shift = gl.load(record + 5)
-        kv_begin = gl.load(record + 6)
-        kv_end = gl.load(record + 7)
+        batch, head, tile_row, q_begin, q_end, key_shift, kv_begin, kv_end = load_query_tile(record)
+        query_row = tile_row + CONSUMER * HALF
         first_tile = gl.load(record + 11)
         first_mask = gl.load(record + 15)
-        partial_first, num_partial, full_first, full_last, full_start, num_masked = load_steps(
-            record
-        )
+        (
+            partial_first, num_partial, full_first, full_start,
+            num_edges, num_masked, num_tiles, full_last,
+        ) = load_steps_of_row(record)  # fmt: skip
         accumulator = gl.zeros([HALF, DIM], gl.float32, OUT)
         no_scores = gl.zeros([HALF, TILE], gl.float32, SCORES)
         query_slot = (turn % Q_SLOTS) * 2 + CONSUMER
@@ -319,7 +298,7 @@ def consumer(
             slot = number % STAGES
             parity = (number // STAGES) & 1
             entry = masked_entry(
-                step, partial_first, num_partial, full_first, full_last, full_start
+                step, partial_first, num_partial, full_first, full_start, full_last
             )
             mask_id = gl.load(mask_ids + entry)
             key_row = gl.load(indices + entry) * TILE + key_shift
@@ -410,27 +389,11 @@ def consumer(
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
         mbarrier.arrive(value_free.index(slot))
         result = (accumulator * gl.expand_dims(factor, 1)).to(DTYPE)
-        # Rows past the tensor's end are left out by the TMA; rows of another sequence, by hand.
-        if (query_row >= q_begin) & ((query_row + HALF <= q_end) | (q_end == query_rows)):
-            query_buffer.store(result)
-            fence_async_shared()
-            tma_store(out_desc, [batch, head, query_row, 0], queries.index(query_slot))
-        else:
-            out_rows = query_row + gl.arange(0, HALF, OUT_ROWS)
-            dims = gl.arange(0, DIM, gl.SliceLayout(0, OUT))
-            pointers = (
-                out
-                + batch.to(gl.int64) * out_batch_stride
-                + head.to(gl.int64) * out_head_stride
-                + gl.expand_dims(out_rows.to(gl.int64) * out_row_stride, 1)
-                + gl.expand_dims(dims, 0)
-            )
-            is_own = (out_rows >= q_begin) & (out_rows < q_end)
-            gl.store(
-                pointers,
-                result,
-                mask=gl.expand_dims(is_own, 1) & gl.expand_dims(dims < HEAD_DIM, 0),
-            )
+        store_rows(
+            out_desc, out, out_batch_stride, out_head_stride, out_row_stride,
+            result, queries.index(query_slot),
+            batch, head, query_row, q_begin, q_end, query_rows, HEAD_DIM, DIM,
+        )  # fmt: skip
     tma.store_wait(0)
     if CONSUMER == 0:
         pair_barrier_sync(MY_TURN)

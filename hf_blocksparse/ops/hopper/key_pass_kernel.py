@@ -35,8 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hf_blocksparse.ops.hopper.compat import tma_load
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, bits_between, read_mask
 from hf_blocksparse.ops.hopper.tiles import (
+    COLUMN_RECORD,
     clear_foreign_rows,
     entry_of,
+    load_key_tile,
     load_steps_of_column,
     store_part,
     store_rows,
@@ -45,7 +47,6 @@ from hf_blocksparse.ops.hopper.tiles import (
 
 TILE = gl.constexpr(64)
 WORDS = gl.constexpr(2)  # of a row of a mask
-COLUMN_RECORD = gl.constexpr(20)
 
 
 @gluon.jit
@@ -83,11 +84,7 @@ def key_pass_producer(
     part_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(part_begin, part_end):
         of_part = records + place * group_size * COLUMN_RECORD
-        batch = gl.load(of_part)
-        kv_head = gl.load(of_part + 1) // group_size
-        key_row = gl.load(of_part + 2)
-        kv_begin = gl.load(of_part + 3)
-        kv_end = gl.load(of_part + 4)
+        batch, kv_head, key_row, kv_begin, kv_end = load_key_tile(of_part, group_size)
         is_cut = straddles(key_row, key_rows, kv_begin, kv_end, TILE)
         mbarrier.wait(kv_free, (turn & 1) ^ 1)
         target = kv_filled.index(gl.where(is_cut, 1, 0))
@@ -279,11 +276,7 @@ def key_pass_consumer(
                 )  # fmt: skip
             number = member_end
 
-        batch = gl.load(of_part)
-        kv_head = gl.load(of_part + 1) // group_size
-        row = gl.load(of_part + 2)
-        kv_begin = gl.load(of_part + 3)
-        kv_end = gl.load(of_part + 4)
+        batch, kv_head, row, kv_begin, kv_end = load_key_tile(of_part, group_size)
         part = gl.load(of_part + 18)
         if part >= 0:
             store_part(value_parts, part, value_sum, 0, TILE)

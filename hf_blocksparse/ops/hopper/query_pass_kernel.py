@@ -19,15 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hf_blocksparse.ops.hopper.compat import tma_load
 from hf_blocksparse.ops.hopper.mask_bits import apply_mask, load_mask
 from hf_blocksparse.ops.hopper.tiles import (
+    RECORD,
     clear_foreign_rows,
     entry_of,
+    load_query_tile,
     load_steps_of_row,
     store_rows,
     straddles,
 )
 
 TILE = gl.constexpr(64)
-RECORD = gl.constexpr(16)
 
 
 @gluon.jit
@@ -65,12 +66,7 @@ def query_pass_producer(
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
-        batch = gl.load(record)
-        head = gl.load(record + 1)
-        query_row = gl.load(record + 2)
-        key_shift = gl.load(record + 5)
-        kv_begin = gl.load(record + 6)
-        kv_end = gl.load(record + 7)
+        batch, head, query_row, _, _, key_shift, kv_begin, kv_end = load_query_tile(record)
         next_tile = gl.load(record + 11)
         (
             partial_first, num_partial, full_first, full_start,
@@ -190,14 +186,7 @@ def query_pass_consumer(
     tile_end = gl.load(offsets + gl.program_id(0) + 1)
     for place in range(tile_begin, tile_end):
         record = records + place * RECORD
-        batch = gl.load(record)
-        head = gl.load(record + 1)
-        row = gl.load(record + 2)
-        q_begin = gl.load(record + 3)
-        q_end = gl.load(record + 4)
-        key_shift = gl.load(record + 5)
-        kv_begin = gl.load(record + 6)
-        kv_end = gl.load(record + 7)
+        batch, head, row, q_begin, q_end, key_shift, kv_begin, kv_end = load_query_tile(record)
         (
             partial_first, num_partial, full_first, full_start,
             num_edges, num_masked, num_tiles, last_edge,

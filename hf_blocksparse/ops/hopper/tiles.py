@@ -1,12 +1,41 @@
-"""Parts the kernels share: which entries of the lists a tile's steps are, and rows of tiles in shared and device memory."""
+"""Parts the kernels share: what a record says, which entries of lists a tile's steps are, rows of tiles in shared and device memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from hf_blocksparse.ops.hopper import work
 from hf_blocksparse.ops.hopper.compat import reinterpret, tma_store
 
 HALF = gl.constexpr(64)  # rows of one consumer
+RECORD = gl.constexpr(work.RECORD)
+COLUMN_RECORD = gl.constexpr(work.COLUMN_RECORD)
+
+
+@gluon.jit
+def load_query_tile(record):
+    """Whose a query tile is and where: batch, head, its first row, the sequence's query rows, what to add to a key's position for its
+    row, the sequence's key rows; see `work.RECORD`."""
+    batch = gl.load(record)
+    head = gl.load(record + 1)
+    query_row = gl.load(record + 2)
+    q_begin = gl.load(record + 3)
+    q_end = gl.load(record + 4)
+    key_shift = gl.load(record + 5)
+    kv_begin = gl.load(record + 6)
+    kv_end = gl.load(record + 7)
+    return batch, head, query_row, q_begin, q_end, key_shift, kv_begin, kv_end
+
+
+@gluon.jit
+def load_key_tile(record, group_size):
+    """Whose a key tile is and where: batch, key head, its first row, the sequence's key rows; see `work.COLUMN_RECORD`."""
+    batch = gl.load(record)
+    kv_head = gl.load(record + 1) // group_size
+    key_row = gl.load(record + 2)
+    kv_begin = gl.load(record + 3)
+    kv_end = gl.load(record + 4)
+    return batch, kv_head, key_row, kv_begin, kv_end
 
 
 @gluon.jit
@@ -55,8 +84,15 @@ def load_steps_of_column(record):
 
 
 @gluon.jit
+def masked_entry(place, partial_first, num_partial, full_first, full_start, last_edge):
+    """The entry of a list at `place`, which needs a mask: partial ones, then full ones at the sequence's start and end."""
+    edge = gl.where(place - num_partial < full_start, full_first - 1, last_edge)
+    return gl.where(place < num_partial, partial_first + place, edge)
+
+
+@gluon.jit
 def entry_of(place, partial_first, num_partial, full_first, full_start, num_edges, last_edge):
-    """The entry of a list at `place`: partial ones, full ones at the sequence's start and end, then the other full ones."""
+    """The entry of a list at `place`: those of `masked_entry`, then the other full ones."""
     first_full = num_partial + num_edges
     edge = gl.where(place - num_partial < full_start, full_first - 1, last_edge)
     entry = gl.where(place < first_full, edge, full_first + place - first_full)

@@ -173,7 +173,6 @@ def describe_columns_kernel(
     table,
     lists,
     first_slots,
-    group_size,
     NUM_FIELDS: tl.constexpr,
     TILE_SIZE: tl.constexpr,
 ):
@@ -355,7 +354,7 @@ def make_column_schedule(
     lists = tile_lists(index)[1]
     records = items.new_zeros(num_items * kv_heads, heads // kv_heads, COLUMN_RECORD)
     describe_columns_kernel[(num_items, heads)](
-        records, items, sequences.table, lists, first_slots, heads // kv_heads,
+        records, items, sequences.table, lists, first_slots,
         NUM_FIELDS=COLUMN_RECORD, TILE_SIZE=tile,
     )  # fmt: skip
     is_used = records[:, 0, COLUMN_TILES] >= 0

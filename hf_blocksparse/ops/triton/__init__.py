@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem, TensorSpec
@@ -98,6 +98,8 @@ def attention(
     """
     query, scale = _with_positive_scale(query, problem.scale)
     query, key, value = map(_with_unit_stride, (query, key, value))
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return _run_forward(query, key, value, sinks, alibi_slopes, problem, scale)
     return _Attention.apply(query, key, value, sinks, alibi_slopes, problem, scale)
 
 

@@ -24,18 +24,22 @@ from hf_blocksparse.ops.triton.tiles import (
     clip_entries,
     dropout_keeps,
     edge_entry,
+    heads_of_rows,
     load_bits,
     load_list,
+    load_row_bits,
     load_row_values,
     load_rows,
     load_rows_at,
     load_rows_between,
+    load_rows_where,
     load_sequence,
     load_strip_bits,
     load_strips,
     row_pointers,
     rows_of_strips,
     store_rows_between,
+    store_rows_where,
     subtract_alibi,
     tanh,
 )
@@ -115,6 +119,7 @@ def grad_query_kernel(
     alibi_slopes,
     dropout,
     group_size,
+    heads_per_list,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -123,21 +128,25 @@ def grad_query_kernel(
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     STRIP: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """Grid: (items, query heads). Writes the rows of `grad_query`, `log2_sums` and `deltas` that the item's sequence owns.
 
     Arguments as in `forward_kernel`; `scale` is the factor of the scores in natural units, the pointer of `grad_lse` may be None.
     """
+    QUERIES: tl.constexpr = TILE_Q // MEMBERS
     item = items + tl.program_id(0) * 2
-    head = tl.program_id(1)
+    num_heads, first_head, heads, has_head = heads_of_rows(heads_per_list, TILE_Q, MEMBERS)
     sequence = tl.load(item)
     if sequence < 0:
         return
     tile = tl.load(item + 1)
     batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
-    begin, partial_begin, end = load_list(lists, sequence, head, tile)
-    batch_head = batch * tl.num_programs(1) + head
-    kv_head = head // group_size
+    begin, partial_begin, end = load_list(lists, sequence, first_head, tile)
+    batch_head = batch * num_heads + heads
+    if MEMBERS > 1:
+        batch_head = batch_head[:, None]
+    kv_head = first_head // group_size
     kv_end = kv_row + kv_len
     kv_shift = kv_row - kv_pos
     position_shift = q_pos - q_row + kv_shift
@@ -145,27 +154,24 @@ def grad_query_kernel(
     if alibi_slopes is not None:
         alibi_slope = tl.load(alibi_slopes + batch_head)
 
-    first_query_row = tile * TILE_Q - q_pos + q_row
-    query_rows = first_query_row + tl.arange(0, TILE_Q)
-    owned = (query_rows >= q_row) & (query_rows < q_row + q_len)
-    query_tile = load_rows_between(
-        query, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
+    places = tl.arange(0, TILE_Q) % QUERIES
+    query_rows = tile * QUERIES - q_pos + q_row + places
+    owned = (query_rows >= q_row) & (query_rows < q_row + q_len) & has_head
+    query_tile = load_rows_where(query, batch, heads, query_rows, owned, HEAD_DIM, HEAD_DIM_PADDED)
+    grad_out_tile = load_rows_where(
+        grad_out, batch, heads, query_rows, owned, VALUE_DIM, VALUE_DIM_PADDED
     )
-    grad_out_tile = load_rows_between(
-        grad_out, batch, head, first_query_row, q_row, q_row + q_len,
-        TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
-    )  # fmt: skip
-    out_tile = load_rows_between(
-        out, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, VALUE_DIM, VALUE_DIM_PADDED
-    )
-    row_lse = tl.load(row_pointers(lse, batch, head) + query_rows, mask=owned, other=float("-inf"))
+    out_tile = load_rows_where(out, batch, heads, query_rows, owned, VALUE_DIM, VALUE_DIM_PADDED)
+    row_lse = tl.load(row_pointers(lse, batch, heads) + query_rows, mask=owned, other=float("-inf"))
     row_grad_lse = tl.zeros([TILE_Q], tl.float32)
     if grad_lse.pointer is not None:
-        places = query_rows.to(tl.int64) * grad_lse.strides[2]
-        row_grad_lse = tl.load(row_pointers(grad_lse, batch, head) + places, mask=owned, other=0.0)
+        pointers = (
+            row_pointers(grad_lse, batch, heads) + query_rows.to(tl.int64) * grad_lse.strides[2]
+        )
+        row_grad_lse = tl.load(pointers, mask=owned, other=0.0)
     log2_sum, delta = row_terms(out_tile, grad_out_tile, row_lse, row_grad_lse)
-    tl.store(row_pointers(log2_sums, batch, head) + query_rows, log2_sum, mask=owned)
-    tl.store(row_pointers(deltas, batch, head) + query_rows, delta, mask=owned)
+    tl.store(row_pointers(log2_sums, batch, heads) + query_rows, log2_sum, mask=owned)
+    tl.store(row_pointers(deltas, batch, heads) + query_rows, delta, mask=owned)
     accumulator = tl.zeros([TILE_Q, HEAD_DIM_PADDED], tl.float32)
 
     WIDTH: tl.constexpr = STRIP if STRIP > 0 else TILE_KV
@@ -244,7 +250,9 @@ def grad_query_kernel(
             strips, mask_ids, exist = load_strips(
                 lists, place, full_first, num_full, partial_first, num_strips, TILE_KV // STRIP
             )
-            kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False)
+            kept = load_strip_bits(
+                lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False, MEMBERS
+            )
             key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
             key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
             value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
@@ -262,7 +270,8 @@ def grad_query_kernel(
         )  # fmt: skip
         first_key_row = tl.load(lists.indices + entry) * WIDTH + kv_shift
         key_rows = first_key_row + tl.arange(0, WIDTH)
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, WIDTH, False)
+        mask_id = tl.load(lists.mask_ids + entry)
+        kept = load_row_bits(lists.bank, mask_id, places, owned, QUERIES, WIDTH)
         kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
         key_tile = load_rows_between(
             key, batch, kv_head, first_key_row, kv_row, kv_end, WIDTH, HEAD_DIM, HEAD_DIM_PADDED
@@ -284,10 +293,9 @@ def grad_query_kernel(
             dropout, INPUT_PRECISION,
         )  # fmt: skip
 
-    store_rows_between(
-        grad_query, accumulator * scale, batch, head, first_query_row, q_row, q_row + q_len,
-        TILE_Q, HEAD_DIM, HEAD_DIM_PADDED,
-    )  # fmt: skip
+    store_rows_where(
+        grad_query, accumulator * scale, batch, heads, query_rows, owned, HEAD_DIM, HEAD_DIM_PADDED
+    )
 
 
 @triton.jit

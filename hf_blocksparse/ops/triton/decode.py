@@ -20,9 +20,12 @@ from hf_blocksparse.ops.triton.forward import accumulate_keys
 from hf_blocksparse.ops.triton.tiles import (
     first_at_least,
     load_list,
+    load_row_bits,
     load_rows_between,
+    load_rows_where,
     load_sequence,
     row_pointers,
+    store_rows_where,
 )
 
 
@@ -37,19 +40,6 @@ class Partials(NamedTuple):
     outputs: Any
     maxima: Any
     sums: Any
-
-
-@triton.jit
-def load_row_bits(bank, mask_id, rows, is_row, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr):
-    """Which coefficients bank entry `mask_id` keeps in some `rows` of it, all for -1: bool [rows, TILE_KV], False where not `is_row`."""
-    WIDTH: tl.constexpr = 32 if TILE_KV >= 32 else TILE_KV
-    WORDS: tl.constexpr = TILE_KV // WIDTH
-    place = rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    entry = bank + mask_id.to(tl.int64) * (TILE_Q * WORDS)
-    packed = tl.load(entry + place, mask=is_row[:, None] & ((place + mask_id) >= place), other=-1)
-    packed = tl.where(is_row[:, None], packed, 0)
-    kept = packed[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
-    return (kept.reshape([rows.shape[0], TILE_KV]) & 1) != 0
 
 
 @triton.jit
@@ -141,14 +131,7 @@ def decode_kernel(
     heads = first_head + rows // QUERIES
     query_rows = positions - q_pos + q_row
     tile_rows = positions - tile * TILE_Q
-    dims = tl.arange(0, HEAD_DIM_PADDED)
-    query_tile = tl.load(
-        row_pointers(query, batch, heads)[:, None]
-        + query_rows.to(tl.int64)[:, None] * query.strides[2]
-        + dims[None, :],
-        mask=is_row[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0.0,
-    )
+    query_tile = load_rows_where(query, batch, heads, query_rows, is_row, HEAD_DIM, HEAD_DIM_PADDED)
     alibi_slope = None
     if alibi_slopes is not None:
         alibi_slope = tl.load(alibi_slopes + batch * num_heads + heads, mask=is_row, other=0.0)
@@ -194,19 +177,14 @@ def decode_kernel(
             q_pos - q_row + kv_shift, None, INPUT_PRECISION,
         )  # fmt: skip
 
-    value_dims = tl.arange(0, VALUE_DIM_PADDED)
-    stored = is_row[:, None] & (value_dims < VALUE_DIM)[None, :]
     if partials is None:
         row_lse, divisor = log_sum(running_max, running_sum)
-        tl.store(
-            row_pointers(out, batch, heads)[:, None]
-            + query_rows.to(tl.int64)[:, None] * out.strides[2]
-            + value_dims[None, :],
-            (accumulator / divisor[:, None]).to(out.pointer.dtype.element_ty),
-            mask=stored,
-        )
+        values = accumulator / divisor[:, None]
+        store_rows_where(out, values, batch, heads, query_rows, is_row, VALUE_DIM, VALUE_DIM_PADDED)
         tl.store(row_pointers(lse, batch, heads) + query_rows, row_lse, mask=is_row)
     else:
+        value_dims = tl.arange(0, VALUE_DIM_PADDED)
+        stored = is_row[:, None] & (value_dims < VALUE_DIM)[None, :]
         # Rows of all batch rows and heads, once for each split.
         place = (batch * num_heads + heads) * query_len + query_rows + split.to(tl.int64) * num_rows
         tl.store(partials.maxima + place, running_max, mask=is_row)

@@ -67,6 +67,7 @@ def decode_sizes(
 
 @cache
 def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number for the interpreter, so that tests get more than one split."""
     if device.type == "cpu":
         return INTERPRETED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

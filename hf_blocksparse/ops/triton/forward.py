@@ -18,17 +18,20 @@ from hf_blocksparse.ops.triton.tiles import (
     clip_entries,
     dropout_keeps,
     edge_entry,
+    heads_of_rows,
     load_bits,
     load_list,
+    load_row_bits,
     load_rows,
     load_rows_at,
     load_rows_between,
+    load_rows_where,
     load_sequence,
     load_strip_bits,
     load_strips,
     row_pointers,
     rows_of_strips,
-    store_rows_between,
+    store_rows_where,
     subtract_alibi,
     tanh,
 )
@@ -97,6 +100,7 @@ def forward_kernel(
     alibi_slopes,
     dropout,
     group_size,
+    heads_per_list,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -105,24 +109,31 @@ def forward_kernel(
     TILE_KV: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     STRIP: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """Grid: (items, query heads). Writes the rows of `out` and `lse` that the item's sequence owns.
+
+    With `MEMBERS` > 1, which takes strips, the grid is (items, packs of heads), see `heads_of_rows`, and items and lists are of tiles
+    of `TILE_Q // MEMBERS` queries.
 
     `query`, `key`, `value`, `out`, `lse`: StridedRows; `key_descriptor`, `value_descriptor`: their tensor descriptors or None;
     `items`: `Sequences.q_items`; `table`: `Sequences.table`;
     `lists`: TileLists of the query tiles; `alibi_slopes`: [batch, query heads], see `tiles`;
     `sinks`, `softcap_scale`, `alibi_slopes`, `dropout`: None where unused.
     """
+    QUERIES: tl.constexpr = TILE_Q // MEMBERS
     item = items + tl.program_id(0) * 2
-    head = tl.program_id(1)
+    num_heads, first_head, heads, has_head = heads_of_rows(heads_per_list, TILE_Q, MEMBERS)
     sequence = tl.load(item)
     if sequence < 0:
         return
     tile = tl.load(item + 1)
     batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
-    begin, partial_begin, end = load_list(lists, sequence, head, tile)
-    batch_head = batch * tl.num_programs(1) + head
-    kv_head = head // group_size
+    begin, partial_begin, end = load_list(lists, sequence, first_head, tile)
+    batch_head = batch * num_heads + heads
+    if MEMBERS > 1:
+        batch_head = batch_head[:, None]
+    kv_head = first_head // group_size
     kv_end = kv_row + kv_len
     kv_shift = kv_row - kv_pos  # from positions to rows
     position_shift = q_pos - q_row + kv_shift
@@ -130,16 +141,15 @@ def forward_kernel(
     if alibi_slopes is not None:
         alibi_slope = tl.load(alibi_slopes + batch_head)
 
-    first_query_row = tile * TILE_Q - q_pos + q_row
-    query_rows = first_query_row + tl.arange(0, TILE_Q)
-    query_tile = load_rows_between(
-        query, batch, head, first_query_row, q_row, q_row + q_len, TILE_Q, HEAD_DIM, HEAD_DIM_PADDED
-    )
+    places = tl.arange(0, TILE_Q) % QUERIES
+    query_rows = tile * QUERIES - q_pos + q_row + places
+    owned = (query_rows >= q_row) & (query_rows < q_row + q_len) & has_head
+    query_tile = load_rows_where(query, batch, heads, query_rows, owned, HEAD_DIM, HEAD_DIM_PADDED)
 
     accumulator = tl.zeros([TILE_Q, VALUE_DIM_PADDED], tl.float32)
     # A finite floor for the maximum: rows that have met no key yet never see inf - inf.
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
         floor = tl.maximum(sink, -3.0e38)
         running_max = tl.zeros([TILE_Q], tl.float32) + floor
         running_sum = tl.zeros([TILE_Q], tl.float32) + tl.exp2(sink - floor)
@@ -214,16 +224,34 @@ def forward_kernel(
                 dropout, INPUT_PRECISION,
             )  # fmt: skip
     else:
+        STRIPS: tl.constexpr = TILE_KV // STRIP
         partial_first, partial_last, partial_start, partial_stop = clip_entries(
             lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
-        for place in tl.range(0, num_strips, TILE_KV // STRIP):
+        num_whole = 0
+        if MEMBERS > 1:  # where a strip serves one block of queries, nearly all are full
+            num_whole = num_full // STRIPS * STRIPS
+            for place in tl.range(0, num_whole, STRIPS):
+                strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
+                key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
+                key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
+                value_tile = load_rows_at(
+                    value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED
+                )
+                accumulator, running_max, running_sum = accumulate_keys(
+                    accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
+                    query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope,
+                    position_shift, dropout, INPUT_PRECISION,
+                )  # fmt: skip
+        for place in tl.range(num_whole, num_strips, STRIPS):
             strips, mask_ids, exist = load_strips(
-                lists, place, full_first, num_full, partial_first, num_strips, TILE_KV // STRIP
+                lists, place, full_first, num_full, partial_first, num_strips, STRIPS
             )
-            kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False)
+            kept = load_strip_bits(
+                lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False, MEMBERS
+            )
             key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
             key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
             value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
@@ -241,7 +269,8 @@ def forward_kernel(
         )  # fmt: skip
         first_key_row = tl.load(lists.indices + entry) * WIDTH + kv_shift
         key_rows = first_key_row + tl.arange(0, WIDTH)
-        kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, WIDTH, False)
+        mask_id = tl.load(lists.mask_ids + entry)
+        kept = load_row_bits(lists.bank, mask_id, places, owned, QUERIES, WIDTH)
         kept = kept & ((key_rows >= kv_row) & (key_rows < kv_end))[None, :]
         key_tile = load_rows_between(
             key, batch, kv_head, first_key_row, kv_row, kv_end, WIDTH, HEAD_DIM, HEAD_DIM_PADDED
@@ -269,9 +298,6 @@ def forward_kernel(
     row_lse = tl.where(is_empty, float("-inf"), row_lse)
     if dropout is not None:
         divisor = divisor / dropout.keep_scale
-    store_rows_between(
-        out, accumulator / divisor[:, None], batch, head, first_query_row, q_row, q_row + q_len,
-        TILE_Q, VALUE_DIM, VALUE_DIM_PADDED,
-    )  # fmt: skip
-    owned = (query_rows >= q_row) & (query_rows < q_row + q_len)
-    tl.store(row_pointers(lse, batch, head) + query_rows, row_lse, mask=owned)
+    values = accumulator / divisor[:, None]
+    store_rows_where(out, values, batch, heads, query_rows, owned, VALUE_DIM, VALUE_DIM_PADDED)
+    tl.store(row_pointers(lse, batch, heads) + query_rows, row_lse, mask=owned)

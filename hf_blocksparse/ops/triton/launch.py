@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,10 +35,12 @@ from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
     GATHERED_RATE,
+    NARROW_RATES,
     Direction,
     TileSizes,
     backend_of,
     gathered_tile_sizes,
+    narrow_tile_sizes,
     tile_sizes,
 )
 from hf_blocksparse.ops.triton.tiles import Dropout, StridedRows, TileLists
@@ -69,8 +71,9 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, without gradients; `scale` is positive."""
     batch, heads, query_len, _ = query.shape
-    sizes, index = _sizes_and_index(query, value, problem, "forward")
-    items = problem.sequences.q_items(sizes.tile_q)
+    sizes, index = _sizes_and_index(query, key, value, problem, "forward")
+    items = problem.sequences.q_items(index.tile_q)
+    packing = _packing(sizes, index, heads, heads // key.shape[1])
     out = empty_rows_like(query, value.shape[-1])
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries:
@@ -80,7 +83,7 @@ def launch_forward(
     with current_device(query.device):
         launch(
             forward_kernel,
-            (items.shape[0], heads, 1),
+            (items.shape[0], packing.num_packs, 1),
             (
                 _rows(query),
                 _rows(key),
@@ -98,8 +101,9 @@ def launch_forward(
                 _slopes(alibi_slopes, score_scale),
                 _dropout(problem),
                 heads // key.shape[1],
+                packing.heads_per_list,
             ),
-            _constants(query, value, sizes) | dict(STRIP=sizes.strip),
+            _constants(query, value, sizes) | dict(STRIP=sizes.strip, MEMBERS=packing.members),
             _options(sizes),
         )
     return out, lse
@@ -230,8 +234,9 @@ def launch_backward(
     grad_key = grad_value = grad_sinks = None
     with current_device(query.device):
         # Also where the query needs no gradient: the kernel makes the row terms, which all the others need.
-        sizes, index = _sizes_and_index(query, value, problem, "grad_query")
-        items = sequences.q_items(sizes.tile_q)
+        sizes, index = _sizes_and_index(query, key, value, problem, "grad_query")
+        items = sequences.q_items(index.tile_q)
+        packing = _packing(sizes, index, heads, heads // kv_heads)
         grad_query = empty_rows_like(query, query.shape[-1])
         if not sequences.covers_queries:
             grad_query.zero_()
@@ -239,7 +244,7 @@ def launch_backward(
             deltas.zero_()
         launch(
             grad_query_kernel,
-            (items.shape[0], heads, 1),
+            (items.shape[0], packing.num_packs, 1),
             (
                 query_rows,
                 key_rows,
@@ -262,12 +267,13 @@ def launch_backward(
                 slopes,
                 dropout,
                 heads // kv_heads,
+                packing.heads_per_list,
             ),
-            _constants(query, value, sizes) | dict(STRIP=sizes.strip),
+            _constants(query, value, sizes) | dict(STRIP=sizes.strip, MEMBERS=packing.members),
             _options(sizes),
         )
         if needed[1] or needed[2]:
-            sizes, index = _sizes_and_index(query, value, problem, "grad_key_value")
+            sizes, index = _sizes_and_index(query, key, value, problem, "grad_key_value")
             items = sequences.kv_items(sizes.tile_kv)
             grad_key = empty_rows_like(key, key.shape[-1])
             grad_value = empty_rows_like(value, value.shape[-1])
@@ -457,7 +463,7 @@ def _padded(size: int) -> int:
 
 
 def _sizes_and_index(
-    query: Tensor, value: Tensor, problem: Problem, direction: Direction
+    query: Tensor, key: Tensor, value: Tensor, problem: Problem, direction: Direction
 ) -> tuple[TileSizes, BlockIndex]:
     """Tile sizes and the index for them, of strips where the index finds that those suit the layout."""
     facts = (
@@ -471,10 +477,35 @@ def _sizes_and_index(
     sizes, gathered = tile_sizes(*facts), gathered_tile_sizes(*facts)
     if gathered is None:
         return sizes, problem.index_for(sizes.tile_q, sizes.tile_kv)
-    strips = Strips(*gathered.index_shape(direction), GATHERED_RATE)
+    narrow = narrow_tile_sizes(*facts)
+    group_size = query.shape[1] // key.shape[1]
+    strips = (Strips(*gathered.index_shape(direction), GATHERED_RATE),)
+    if narrow is not None:
+        strips += (Strips(*narrow.index_shape(direction), NARROW_RATES[narrow.tile_kv]),)
+    if direction != "grad_key_value" and group_size > 1:  # there the heads are walked one by one
+        strips += (Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size),)
     index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, strips)
-    is_of_strips = (index.tile_q, index.tile_kv) == strips[:2]
-    return gathered if is_of_strips else sizes, index
+    shape = index.tile_q, index.tile_kv
+    if shape == (sizes.tile_q, sizes.tile_kv):
+        return sizes, index
+    is_narrow = narrow is not None and shape == narrow.index_shape(direction)
+    return narrow if is_narrow else gathered, index
+
+
+class Packing(NamedTuple):
+    """How the rows of a query tile are spread over heads: up to `members` of the `heads_per_list` that share a list and a key head."""
+
+    members: int
+    heads_per_list: int
+    num_packs: int
+
+
+def _packing(sizes: TileSizes, index: BlockIndex, heads: int, group_size: int) -> Packing:
+    members = sizes.tile_q // index.tile_q
+    if members == 1:
+        return Packing(1, 1, heads)
+    heads_per_list = math.gcd(group_size, index.heads_per_list)
+    return Packing(members, heads_per_list, heads // heads_per_list * -(-heads_per_list // members))
 
 
 def _constants(query: Tensor, value: Tensor, sizes: TileSizes | DecodeSizes) -> dict[str, Any]:
@@ -565,6 +596,7 @@ def descriptor_of(
 def descriptor_strides(
     backend: str, capability: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...] | None:
+    """Strides, in elements, for a tensor descriptor; None where the device has no TMA, or it cannot address such a tensor."""
     if backend == "hip" or (backend == "cuda" and capability < 90):
         return None
     granule = 16 // itemsize

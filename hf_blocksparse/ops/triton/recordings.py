@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import ref
@@ -24,10 +25,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blocksparse.capture import is_capturing
+from hf_blocksparse.ops.triton.argument_block import (
+    Address,
+    ArgumentBlock,
+    Map,
+    Unsuited,
+    check_suited,
+)
 
 ATTEMPTS = 3
 MOST_RECORDINGS = 64
 """Of one problem; more kinds of strides and alignments than this are not a loop that repeats itself."""
+
+SCRATCH_ALIGNMENT = 512
+"""Bytes; that of what torch allocates on a GPU."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -77,7 +88,101 @@ class _View:
         return tensor.as_strided(self.size, self.stride, self.offset)
 
 
-Fill = Callable[[list[Any]], Any]
+class _Hole:
+    """Where a tensor of the call, or what is made of it, stands among a kernel's arguments."""
+
+    def of(self, tensors: Sequence[Any]) -> Any:
+        """For Triton's launcher."""
+        raise NotImplementedError
+
+    def in_block(self, places: Sequence[Address]) -> Any:
+        """For an `ArgumentBlock`; `places`: where the tensors lie."""
+        raise NotImplementedError
+
+
+class _Pointer(_Hole):
+    def __init__(self, slot: int, skipped_bytes: int):
+        self.slot, self.skipped_bytes = slot, skipped_bytes
+
+    def of(self, tensors: Sequence[Any]) -> int:
+        return tensors[self.slot].data_ptr() + self.skipped_bytes
+
+    def in_block(self, places: Sequence[Address]) -> Address:
+        slot, skipped_bytes = places[self.slot]
+        return Address(slot, skipped_bytes + self.skipped_bytes)
+
+
+class _Descriptor(_Hole):
+    def __init__(self, slot: int, descriptor: Any):
+        self.slot, self.kind = slot, type(descriptor)
+        self.facts = vars(descriptor) | {"base": None}
+        self.address = descriptor.base.data_ptr()
+
+    def of(self, tensors: Sequence[Any]) -> Any:
+        made = object.__new__(self.kind)
+        made.__dict__.update(self.facts)
+        made.base = tensors[self.slot]  # read for its address alone
+        return made
+
+    def in_block(self, places: Sequence[Address]) -> Map:
+        facts = self.facts
+        if facts.get("round_f32_to_tf32"):
+            raise Unsuited("a tensor map that rounds")
+        shape, strides = tuple(facts["shape"]), tuple(facts["strides"])
+        return Map(places[self.slot], shape, strides, facts["padding"], self.address)
+
+
+class _Tuple(_Hole):
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = tuple(parts)
+
+    def of(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        return _filled(self.parts, tensors)
+
+    def in_block(self, places: Sequence[Address]) -> tuple[Any, ...]:
+        return _in_block(self.parts, places)
+
+
+def _filled(parts: Sequence[Any], tensors: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([part.of(tensors) if isinstance(part, _Hole) else part for part in parts])
+
+
+def _in_block(parts: Sequence[Any], places: Sequence[Address]) -> tuple[Any, ...]:
+    return tuple([part.in_block(places) if isinstance(part, _Hole) else part for part in parts])
+
+
+class _Allocation:
+    """An uninitialised tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self.storage = tensor.untyped_storage()._cdata
+        self.num_bytes = tensor.untyped_storage().nbytes()
+        self.size, self.stride = tuple(tensor.shape), tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+class _Fill(NamedTuple):
+    """A step that fills a tensor of the call, or a part of it."""
+
+    view: _View
+    value: float
+
+    def __call__(self, tensors: Sequence[Any], stream: int) -> None:
+        self.view.of(tensors).fill_(self.value)
+
+
+class _Launch(NamedTuple):
+    """A step that starts a kernel."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    parts: tuple[Any, ...]
+
+    def __call__(self, tensors: Sequence[Any], stream: int) -> None:
+        start(self.compiled, self.grid, _filled(self.parts, tensors), stream)
 
 
 class Recorder(TorchDispatchMode):
@@ -86,7 +191,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor | None]):
         super().__init__()
         self.inputs = tuple(inputs)
-        self.steps: list[Callable[[list[Any], int], None]] = []
+        self.allocations: list[_Allocation] = []
+        self.steps: list[_Fill | _Launch] = []
         self.made: list[Tensor] = []  # and not freed meanwhile: others would get their address
         self.slot_of_storage: dict[int, int] = {}
         self.views: list[_View] = []
@@ -117,13 +223,13 @@ class Recorder(TorchDispatchMode):
             slot = len(self.inputs) + len(self.made)
             self.slot_of_storage[result.untyped_storage()._cdata] = slot
             self.made.append(result)
-            self.steps.append(_Allocation(result))
+            self.allocations.append(_Allocation(result))
         elif func in _FILLS:
             view = self._view(args[0])
             value = args[1] if len(args) > 1 else _FILLS[func]
             if view is None or view.slot < len(self.inputs) or not isinstance(value, int | float):
                 raise Refused(f"{func} of what the call did not make")
-            self.steps.append(lambda tensors, stream: view.of(tensors).fill_(value))
+            self.steps.append(_Fill(view, value))
         elif func not in _VIEWS:
             raise Refused(f"{func}")
 
@@ -143,52 +249,32 @@ class Recorder(TorchDispatchMode):
     def launched(self, compiled: Any, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         """Notes that a kernel was started; tensors may stand in tuples and in tensor descriptors among the arguments."""
         try:
-            values, holes = self._arguments(arguments)
+            parts = tuple([self._part(argument) for argument in arguments])
         except Refused as refused:
             self.refusal = self.refusal or str(refused)
             return
-        self.steps.append(
-            lambda tensors, stream: start(compiled, grid, _filled(values, holes, tensors), stream)
-        )
+        self.steps.append(_Launch(compiled, grid, parts))
 
-    def _arguments(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, Fill]]]:
-        """What stays of some arguments, and at which places what is to be filled in."""
-        parts = [self._argument(argument) for argument in arguments]
-        holes = [(place, fill) for place, (_, fill) in enumerate(parts) if fill is not None]
-        return [value for value, _ in parts], holes
-
-    def _argument(self, argument: Any) -> tuple[Any, Fill | None]:
+    def _part(self, argument: Any) -> Any:
+        """What stays of an argument, with holes for what is to be filled in."""
         if isinstance(argument, Tensor):
             view = self._view(argument)
             if view is None:
                 self.kept[id(argument)] = ref(argument)
-                return argument.data_ptr(), None
-            return None, _pointer(view.slot, view.offset * argument.element_size())
+                return argument.data_ptr()
+            return _Pointer(view.slot, view.offset * argument.element_size())
         if hasattr(argument, "block_shape"):
-            return None, self._descriptor(argument)
+            view = self._view(argument.base)
+            if view is None or view.offset:
+                raise Refused(
+                    "a descriptor of a tensor that is older than the call, or of a part of one"
+                )
+            return _Descriptor(view.slot, argument)
         if isinstance(argument, tuple):
-            values, holes = self._arguments(argument)
-            if not holes:
-                return tuple(values), None
-            return None, lambda tensors: tuple(_filled(values, holes, tensors))
-        return argument, None
-
-    def _descriptor(self, descriptor: Any) -> Fill:
-        view = self._view(descriptor.base)
-        if view is None or view.offset:
-            raise Refused(
-                "a descriptor of a tensor that is older than the call, or of a part of one"
-            )
-        slot, kind, facts = view.slot, type(descriptor), vars(descriptor) | {"base": None}
-        new = object.__new__
-
-        def make(tensors: list[Any]) -> Any:
-            made = new(kind)
-            made.__dict__.update(facts)
-            made.base = tensors[slot]  # read for its address alone
-            return made
-
-        return make
+            parts = [self._part(part) for part in argument]
+            has_holes = any(isinstance(part, _Hole) for part in parts)
+            return _Tuple(parts) if has_holes else tuple(parts)
+        return argument
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording:
         """What was watched, where `results` are the call's; raises Refused if it cannot be done again."""
@@ -202,49 +288,27 @@ class Recorder(TorchDispatchMode):
             raise Refused(self.refusal)
         self._make_as_used()
         device = next(t for t in self.inputs if t is not None).device
-        return Recording(tuple(self.steps), tuple(places), tuple(self.kept.values()), device)
+        recording = Recording(
+            tuple(self.allocations),
+            tuple(self.steps),
+            tuple(places),
+            tuple(self.kept.values()),
+            device,
+        )
+        return recording._replace(block=block_of(recording, len(self.inputs)))
 
     def _make_as_used(self) -> None:
         """What is used as one view of all of it alone (heads outside of rows) is made so."""
-        for step in self.steps:
-            if not isinstance(step, _Allocation):
-                continue
-            slot = self.slot_of_storage[step.storage]
+        for allocation in self.allocations:
+            slot = self.slot_of_storage[allocation.storage]
             views = [view for view in self.views if view.slot == slot]
             shapes = {(view.size, view.stride, view.offset) for view in views}
             if len(shapes) == 1:
                 size, stride, offset = shapes.pop()
-                if offset == 0 and math.prod(size) == math.prod(step.size):
-                    step.size, step.stride = size, stride
+                if offset == 0 and math.prod(size) == math.prod(allocation.size):
+                    allocation.size, allocation.stride = size, stride
                     for view in views:
                         view.size = None
-
-
-class _Allocation:
-    """A step that makes an uninitialised tensor."""
-
-    def __init__(self, tensor: Tensor):
-        self.storage = tensor.untyped_storage()._cdata
-        self.size, self.stride = tuple(tensor.shape), tensor.stride()
-        self.dtype, self.device = tensor.dtype, tensor.device
-
-    def __call__(self, tensors: list[Any], stream: int) -> None:
-        tensors.append(
-            torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        )
-
-
-def _pointer(slot: int, skipped_bytes: int) -> Fill:
-    if skipped_bytes:
-        return lambda tensors: tensors[slot].data_ptr() + skipped_bytes
-    return lambda tensors: tensors[slot].data_ptr()
-
-
-def _filled(values: list[Any], holes: list[tuple[int, Fill]], tensors: list[Any]) -> list[Any]:
-    values = values.copy()
-    for place, fill in holes:
-        values[place] = fill(tensors)
-    return values
 
 
 class NotYet(NamedTuple):
@@ -254,25 +318,122 @@ class NotYet(NamedTuple):
     refusal: str = ""
 
 
-class Recording(NamedTuple):
-    """`steps` work on a list of the inputs, which they append to; `results` lie there; `kept` are the tensors that must be alive."""
+class _Block(NamedTuple):
+    """All launches of a recording in one `ArgumentBlock`.
 
-    steps: tuple[Callable[[list[Any], int], None], ...]
+    Tensors that only kernels see lie in one piece of memory of `scratch_bytes`, whose slot follows those of the inputs and of the
+    tensors made by `allocations`, in this order. `fills` come before the launches.
+    """
+
+    allocations: tuple[_Allocation, ...]
+    scratch_bytes: int
+    fills: tuple[_Fill, ...]
+    arguments: ArgumentBlock
+    results: tuple[_View | None, ...]
+
+
+class Recording(NamedTuple):
+    """What to do for another call.
+
+    Attributes:
+        allocations: tensors to be made, whose slots follow those of the inputs.
+        steps: fills and launches, in their order.
+        results: where the results lie.
+        kept: tensors that must be alive.
+        device: of all tensors.
+        block: how the kernels are started with less work; where that cannot be, why.
+    """
+
+    allocations: tuple[_Allocation, ...]
+    steps: tuple[_Fill | _Launch, ...]
     results: tuple[_View | None, ...]
     kept: tuple[ref[Tensor], ...]
     device: torch.device
+    block: _Block | str = ""
 
-    def play(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
-        """Results for other inputs; None where the recording has outlived what it was made of."""
+    def play(
+        self, inputs: Sequence[Tensor | None], addresses: Sequence[int]
+    ) -> tuple[Tensor | None, ...] | None:
+        """Results for other inputs, which lie at `addresses`; None where the recording has outlived what it was made of."""
         alive = [kept() for kept in self.kept]
         for tensor in alive:
             if tensor is None:
                 return None
         tensors: list[Any] = list(inputs)
         stream = current_stream()
-        for step in self.steps:
-            step(tensors, stream)
-        return tuple([None if view is None else view.of(tensors) for view in self.results])
+        block = self.block
+        if isinstance(block, str) or any(_hooks()):
+            tensors += [allocation.make() for allocation in self.allocations]
+            for step in self.steps:
+                step(tensors, stream)
+            return tuple([None if view is None else view.of(tensors) for view in self.results])
+        made = [allocation.make() for allocation in block.allocations]
+        tensors += made
+        places = [*addresses, *[tensor.data_ptr() for tensor in made]]
+        for fill in block.fills:
+            fill(tensors, stream)
+        if block.scratch_bytes:
+            # Its memory is given to nobody whose work does not come after that of these kernels.
+            scratch = torch.empty(block.scratch_bytes, dtype=torch.uint8, device=self.device)
+            places.append(scratch.data_ptr())
+        block.arguments.start(places, stream)
+        return tuple([None if view is None else view.of(tensors) for view in block.results])
+
+
+def block_of(recording: Recording, num_inputs: int) -> _Block | str:
+    """The launches of a recording as a block, or why Triton's launcher has to start them."""
+    launches = [step for step in recording.steps if isinstance(step, _Launch)]
+    fills = [step for step in recording.steps if isinstance(step, _Fill)]
+    touched: set[int] = set()
+    for step in recording.steps:
+        if isinstance(step, _Fill) and step.view.slot in touched:
+            return "a tensor is filled after a kernel was given it"
+        if isinstance(step, _Launch):
+            touched |= set(_slots(step.parts))
+    seen = {view.slot for view in recording.results if view is not None}
+    seen |= {fill.view.slot for fill in fills}
+    allocations: list[_Allocation] = []
+    scratch: list[tuple[int, int]] = []
+    places = [Address(slot) for slot in range(num_inputs + len(recording.allocations))]
+    scratch_bytes = 0
+    for slot, allocation in enumerate(recording.allocations, num_inputs):
+        if slot in seen:
+            places[slot] = Address(num_inputs + len(allocations))
+            allocations.append(allocation)
+        else:
+            scratch.append((slot, scratch_bytes))
+            scratch_bytes += -(-allocation.num_bytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+    for slot, skipped_bytes in scratch:
+        places[slot] = Address(num_inputs + len(allocations), skipped_bytes)
+
+    def moved(view: _View) -> _View:
+        other = copy(view)
+        other.slot = places[view.slot].slot
+        return other
+
+    try:
+        for step in launches:
+            check_suited(step.compiled, step.grid)
+        arguments = ArgumentBlock(
+            [(step.compiled, step.grid, _in_block(step.parts, places)) for step in launches]
+        )
+    except Unsuited as unsuited:
+        return str(unsuited)
+    return _Block(
+        tuple(allocations),
+        scratch_bytes,
+        tuple(fill._replace(view=moved(fill.view)) for fill in fills),
+        arguments,
+        tuple(None if view is None else moved(view) for view in recording.results),
+    )
+
+
+def _slots(parts: Sequence[Any]) -> Iterator[int]:
+    for part in parts:
+        if isinstance(part, _Tuple):
+            yield from _slots(part.parts)
+        elif isinstance(part, _Hole):
+            yield part.slot  # type: ignore[attr-defined]
 
 
 def current_stream() -> int:
@@ -315,15 +476,19 @@ def recorded(
     `kind`: all that decides what `run` does, beside the problem and the inputs' strides and alignment.
     """
     parts: list[Any] = [kind]
+    addresses = []
     device = None
     for tensor in inputs:
         if tensor is None:
             parts.append(None)
+            addresses.append(0)
             continue
         if type(tensor) not in PLAIN:
             return run()
         device = tensor.device
-        parts.append((tensor.stride(), tensor.data_ptr() % 16))
+        address = tensor.data_ptr()
+        addresses.append(address)
+        parts.append((tensor.stride(), address % 16))
     if device is None or device.type != "cuda":
         return run()
     key = tuple(parts)
@@ -332,10 +497,10 @@ def recorded(
         return run()
     if isinstance(found, Recording):
         if device.index == torch._C._cuda_getDevice():
-            results = found.play(inputs)
+            results = found.play(inputs, addresses)
         else:
             with torch.cuda.device(device):
-                results = found.play(inputs)
+                results = found.play(inputs, addresses)
         if results is not None:
             return results
         found = None

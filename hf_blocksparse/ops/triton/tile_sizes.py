@@ -25,6 +25,13 @@ So strips are taken where their share of the tiles' coefficients is at most this
 0.76 to 0.79 forward and 0.86 to 0.89 backward (random 10 %, blocks of 32 and 16).
 """
 
+NARROW_RATES = {16: 0.4, 32: 0.6}
+"""The same for dK and dV in key tiles as narrow as a block, by their width: nothing is computed but what reads the block's keys.
+
+On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient takes 2.2 and 1.4 times as long there as in a gathered
+tile of 64 keys.
+"""
+
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
 """What one program may use, by family; `small` fits every other chip, AMD's among them."""
 
@@ -137,6 +144,15 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
     ("sm_90", "grad_key_value", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
 }
 
+# With key tiles as narrow as a block: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
+# in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32.
+_NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
+    ("sm_90", "grad_key_value", _HALF): {
+        64: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
+        128: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
+    },
+}
+
 # Any other chip, and every float32 kernel, whose products run on the ordinary cores: {largest padded head size: sizes}.
 _SMALL_HALF = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
 _SMALL_FLOAT = {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)}
@@ -209,3 +225,22 @@ def gathered_tile_sizes(
         sizes = replace(sizes, num_stages=3)
     is_tile = sizes.index_shape(direction)[walked] == block_size
     return replace(sizes, strip=0 if is_tile else block_size)
+
+
+@cache
+def narrow_tile_sizes(
+    backend: str,
+    capability: int,
+    direction: Direction,
+    head_dim: int,
+    value_dim: int,
+    element_bytes: int,
+    block_size: int,
+) -> TileSizes | None:
+    """Sizes for the same kernel with gathered tiles over one block of keys; None where none are known to be worth it.
+
+    Arguments as of `tile_sizes`.
+    """
+    known = _NARROW.get((family_of(backend, capability), direction, element_bytes), {})
+    sizes = known.get(_size_class(head_dim, value_dim), {}).get(block_size)
+    return None if sizes is None else TileSizes(*sizes, strip=block_size)

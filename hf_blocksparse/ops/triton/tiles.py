@@ -78,6 +78,29 @@ def load_list(lists, sequence, head, tile):
 
 
 @triton.jit
+def heads_of_rows(heads_per_list, TILE_Q: tl.constexpr, MEMBERS: tl.constexpr):
+    """The heads of a program's query tile, of a grid whose second axis counts packs of heads.
+
+    A pack is a run of at most `MEMBERS` heads among `heads_per_list` that share a list and a key head. Row `r` of the tile is query
+    `r % (TILE_Q // MEMBERS)` of the index' tile in head `r // (TILE_Q // MEMBERS)` of the pack.
+
+    Returns: the number of heads in all; the first head; the head of each row, a scalar where it is one for all, with the last one
+    repeated where the pack is not full; which rows have a head of their own.
+    """
+    if MEMBERS == 1:
+        head = tl.program_id(1)
+        return tl.num_programs(1), head, head, tl.full([TILE_Q], True, tl.int1)
+    else:
+        packs_per_list = (heads_per_list + MEMBERS - 1) // MEMBERS
+        first_member = tl.program_id(1) % packs_per_list * MEMBERS
+        first_of_list = tl.program_id(1) // packs_per_list * heads_per_list
+        members = first_member + tl.arange(0, TILE_Q) // (TILE_Q // MEMBERS)
+        heads = first_of_list + tl.minimum(members, heads_per_list - 1)
+        num_heads = tl.num_programs(1) // packs_per_list * heads_per_list
+        return num_heads, first_of_list + first_member, heads, members < heads_per_list
+
+
+@triton.jit
 def first_at_least(indices, begin, end, bound):
     """The first entry of the ascending `indices[begin:end]` that is at least `bound`; `end` if none is."""
     smallest = tl.load(indices + begin, mask=begin < end, other=0)
@@ -203,14 +226,19 @@ def load_rows_between(
 ):
     """[TILE, DIM_PADDED] rows from `first_row` on; zero outside `[row_begin, row_end)` and past DIM."""
     rows = first_row + tl.arange(0, TILE)
+    is_row = (rows >= row_begin) & (rows < row_end)
+    return load_rows_where(tensor, batch, head, rows, is_row, DIM, DIM_PADDED)
+
+
+@triton.jit
+def load_rows_where(
+    tensor, batch, heads, rows, is_row, DIM: tl.constexpr, DIM_PADDED: tl.constexpr
+):
+    """The given rows of one head, or each of a head of its own, [number of rows, DIM_PADDED]; zero where not `is_row` and past DIM."""
     dims = tl.arange(0, DIM_PADDED)
-    pointers = (
-        row_pointers(tensor, batch, head)
-        + rows.to(tl.int64)[:, None] * tensor.strides[2]
-        + dims[None, :]
-    )
-    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (dims < DIM)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
+    places = row_pointers(tensor, batch, heads) + rows.to(tl.int64) * tensor.strides[2]
+    mask = is_row[:, None] & (dims < DIM)[None, :]
+    return tl.load(places[:, None] + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -240,14 +268,19 @@ def store_rows_between(
 ):
     """Stores [TILE, DIM_PADDED] rows from `first_row` on, those inside `[row_begin, row_end)` only."""
     rows = first_row + tl.arange(0, TILE)
+    is_row = (rows >= row_begin) & (rows < row_end)
+    store_rows_where(tensor, values, batch, head, rows, is_row, DIM, DIM_PADDED)
+
+
+@triton.jit
+def store_rows_where(
+    tensor, values, batch, heads, rows, is_row, DIM: tl.constexpr, DIM_PADDED: tl.constexpr
+):
+    """Stores the given rows of one head, or each of a head of its own, where `is_row`."""
     dims = tl.arange(0, DIM_PADDED)
-    pointers = (
-        row_pointers(tensor, batch, head)
-        + rows.to(tl.int64)[:, None] * tensor.strides[2]
-        + dims[None, :]
-    )
-    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (dims < DIM)[None, :]
-    tl.store(pointers, values.to(tensor.pointer.dtype.element_ty), mask=mask)
+    places = row_pointers(tensor, batch, heads) + rows.to(tl.int64) * tensor.strides[2]
+    mask = is_row[:, None] & (dims < DIM)[None, :]
+    tl.store(places[:, None] + dims[None, :], values.to(tensor.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -274,6 +307,19 @@ def load_bits(bank, mask_id, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TRANSP
 
 
 @triton.jit
+def load_row_bits(bank, mask_id, rows, is_row, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr):
+    """Which coefficients bank entry `mask_id` keeps in some `rows` of it, all for -1: bool [rows, TILE_KV], False where not `is_row`."""
+    WIDTH: tl.constexpr = 32 if TILE_KV >= 32 else TILE_KV
+    WORDS: tl.constexpr = TILE_KV // WIDTH
+    place = rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    entry = bank + mask_id.to(tl.int64) * (TILE_Q * WORDS)
+    packed = tl.load(entry + place, mask=is_row[:, None] & ((place + mask_id) >= place), other=-1)
+    packed = tl.where(is_row[:, None], packed, 0)
+    kept = packed[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
+    return (kept.reshape([rows.shape[0], TILE_KV]) & 1) != 0
+
+
+@triton.jit
 def load_strip_bits(
     bank,
     mask_ids,
@@ -282,10 +328,11 @@ def load_strip_bits(
     TILE_KV: tl.constexpr,
     STRIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    MEMBERS: tl.constexpr = 1,
 ):
     """`load_bits` of a tile gathered from strips: of keys, [TILE_Q, TILE_KV], or of queries and then transposed.
 
-    A full strip (-1) keeps all, one that does not exist nothing.
+    A full strip (-1) keeps all, one that does not exist nothing. `MEMBERS`: heads in the rows, which repeat a mask's, see `heads_of_rows`.
     """
     all_bits = tl.where(exist & (mask_ids < 0), -1, 0)
     has_bits = exist & (mask_ids >= 0)
@@ -299,8 +346,9 @@ def load_strip_bits(
         packed = (packed | all_bits[None, :, None]).reshape([WORDS, TILE_Q])
         kept = (packed[:, None, :] >> tl.arange(0, WIDTH)[None, :, None]).reshape([TILE_KV, TILE_Q])
     else:
-        queries = tl.arange(0, TILE_Q)
-        pointers = bank + mask_ids.to(tl.int64)[None, :] * TILE_Q + queries[:, None]
+        QUERIES: tl.constexpr = TILE_Q // MEMBERS
+        queries = tl.arange(0, TILE_Q) % QUERIES
+        pointers = bank + mask_ids.to(tl.int64)[None, :] * QUERIES + queries[:, None]
         packed = tl.load(pointers, mask=has_bits[None, :], other=0) | all_bits[None, :]
         kept = (packed[:, :, None] >> tl.arange(0, STRIP)[None, None, :]).reshape([TILE_Q, TILE_KV])
     return (kept & 1) != 0
@@ -321,7 +369,7 @@ def dropout_keeps(dropout, query_rows, key_rows, batch_head):
     """Which coefficients dropout keeps, for tensor rows that broadcast to the tile's shape.
 
     Philox4x32-10 with counter (query row, key row, batch * heads + head, 0): the same bits in every kernel, whatever
-    its tiles.
+    its tiles. `batch_head`: a scalar, or one per query.
     """
     query_rows, key_rows = tl.broadcast(query_rows, key_rows)
     word, _, _, _ = tl.philox(tl.load(dropout.seed), query_rows, key_rows, batch_head, 0)
