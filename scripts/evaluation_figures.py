@@ -109,7 +109,7 @@ def draw_costs(results: EvaluationResults, path: Path) -> None:
             axes.set(xscale="log", yscale="log")
         else:  # a logarithmic scale would blow small differences up
             axes.set_ylim(0, 1.1 * axes.dataLim.y1)
-    time.legend(fontsize=7)
+    memory.legend(fontsize=7, loc="lower right")
     save(figure, path)
 
 
