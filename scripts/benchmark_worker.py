@@ -100,12 +100,12 @@ class Session:
             layout = self.implementation.layout or layout
             exact = self._exact()
             self._move_heads()
-            forward, backward = self._first_calls(exact, directions)
-            self.calls = {"forward": forward} | ({"backward": backward} if backward else {})
+            self.calls = self._first_calls(exact, directions)
         except Exception as error:  # whatever a peer raises is its result; its log has the trace
             traceback.print_exc()
             for direction in self.case.directions:
-                directions.setdefault(direction, Direction(failure=one_line(error)))
+                if direction not in directions or directions[direction].failure is None:
+                    directions[direction] = Direction(failure=one_line(error))
         # Raises if an error of the GPU has made this process useless.
         kept = count_kept(self.case, layout, self.device)
         return Prepared(kept, kept / self.case.possible, directions)
@@ -151,43 +151,57 @@ class Session:
             raise ArithmeticError(f"wrong by {error:.2e} of the exact answer ({', '.join(names)})")
         return error
 
-    def _first_calls(self, exact: Exact | None, directions: dict[str, Direction]):
-        """Fills in `directions`; the calls to be timed, None where there is no backward."""
+    def _first_calls(
+        self, exact: Exact | None, directions: dict[str, Direction]
+    ) -> dict[str, Callable[[], Any]]:
+        """Fills in `directions`; returns the calls to be timed."""
         start = time.perf_counter()
         out = self._forward()
         self._wait()
         first = self.first_call_s.get("forward", time.perf_counter() - start)
         error = self._check([out], ["out"], exact)
         del out
-        facts = self._describe(self._forward, "forward", first, error)
-        forward = self._forward
+        directions["forward"] = self._describe(self._forward, "forward", first, error)
+        if "backward" in self.case.directions:
+            try:
+                directions["backward"] = self._first_backward(exact)
+            except Exception as failure:
+                # A peer without a backward still has a forward.
+                traceback.print_exc()
+                directions["backward"] = Direction(failure=one_line(failure))
+        # Nothing is described from here on: that clears the cache of indices, whose lists the graphs read.
+        return self._calls_to_time(directions)
+
+    def _first_backward(self, exact: Exact | None) -> Direction:
+        start = time.perf_counter()
+        out = self._attend()
+        gradients = torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
+        self._wait()
+        first = self.first_call_s.get("backward", time.perf_counter() - start)
+        names = ("out", "grad_query", "grad_key", "grad_value")
+        error = self._check([out, *gradients], names, exact)
+        del gradients, out
+        return self._describe(self._train, "backward", first, error)
+
+    def _calls_to_time(self, directions: dict[str, Direction]) -> dict[str, Callable[[], Any]]:
+        """Of the directions that work. `directions` learns how each is timed, or why one is not after all."""
         if self.case.query_tokens is not None and self.timing == GRAPHS:
-            forward = self._capture_many()
-            facts = replace(facts, estimate_ms=1e3 * self._seconds(forward), timed_by=GRAPHS)
-        else:
-            forward, timed_by = self._capture_if_possible(self._forward)
-            facts = replace(facts, timed_by=timed_by)
-        directions["forward"] = facts
-        if "backward" not in self.case.directions:
-            return forward, None
-        try:
-            start = time.perf_counter()
-            out = self._attend()
-            gradients = torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=True)
-            self._wait()
-            first = self.first_call_s.get("backward", time.perf_counter() - start)
-            names = ("out", "grad_query", "grad_key", "grad_value")
-            error = self._check([out, *gradients], names, exact)
-            del gradients, out
-            facts = self._describe(self._train, "backward", first, error)
-            backward, timed_by = self._backward_alone()
-        except Exception as failure:
-            # A peer without a backward still has a forward.
-            traceback.print_exc()
-            directions["backward"] = Direction(failure=one_line(failure))
-            return forward, None
-        directions["backward"] = replace(facts, timed_by=timed_by)
-        return forward, backward
+            replay = self._capture_many()
+            directions["forward"] = replace(
+                directions["forward"], estimate_ms=1e3 * self._seconds(replay), timed_by=GRAPHS
+            )
+            return {"forward": replay}
+        calls: dict[str, Callable[[], Any]] = {}
+        calls["forward"], timed_by = self._capture_if_possible(self._forward)
+        directions["forward"] = replace(directions["forward"], timed_by=timed_by)
+        if "backward" in directions and directions["backward"].failure is None:
+            try:
+                calls["backward"], timed_by = self._backward_alone()
+                directions["backward"] = replace(directions["backward"], timed_by=timed_by)
+            except Exception as failure:
+                traceback.print_exc()
+                directions["backward"] = Direction(failure=one_line(failure))
+        return calls
 
     def _backward_alone(self) -> tuple[Callable[[], Any], str]:
         """Again and again on one forward, and how that is timed."""

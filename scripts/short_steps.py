@@ -12,7 +12,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,13 +156,14 @@ def measure_length(
     return measurements
 
 
-def measure(arguments: argparse.Namespace) -> Results:
+def measure(arguments: argparse.Namespace) -> Iterator[Results]:
+    """Results of the lengths so far, after each."""
     models = build_models(arguments)
-    measurements = []
+    measurements: list[Measurement] = []
     for length in arguments.lengths:
         tokens = torch.randint(0, arguments.vocab_size, (1, length), device=arguments.device)
         measurements += measure_length(models, tokens, arguments)
-    return Results(tuple(measurements))
+        yield Results(tuple(measurements))
 
 
 def table(results: Results) -> str:
@@ -190,7 +191,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=30)
     parser.add_argument("--num-heads", type=int, default=9)
     parser.add_argument("--num-kv-heads", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1, help="per form and round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/short_steps.json"))
@@ -209,19 +210,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_args(argv)
     environment = describe_environment(torch.device(arguments.device))
-    start = time.perf_counter()
-    results = measure(arguments)
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
-    record = RunRecord(
-        version=FORMAT_VERSION,
-        script=Path(__file__).name,
-        arguments=settings,
-        seed=arguments.seed,
-        environment=environment,
-        timings_seconds={"measurements": time.perf_counter() - start},
-        results=to_plain(results),
-    )
-    write_record(record, arguments.output)
+    start = time.perf_counter()
+    # Written after each length, so that a run that is cut short keeps what it has.
+    for results in measure(arguments):
+        record = RunRecord(
+            version=FORMAT_VERSION,
+            script=Path(__file__).name,
+            arguments=settings,
+            seed=arguments.seed,
+            environment=environment,
+            timings_seconds={"measurements": time.perf_counter() - start},
+            results=to_plain(results),
+        )
+        write_record(record, arguments.output)
     print(table(results))
     print(f"\nwritten to {arguments.output}")
 

@@ -16,7 +16,14 @@ import evaluation_card
 import memory_vs_dense
 import patching_overhead
 import short_steps
-from benchmark_results import CaseResult, case_table, grid_results, rate_table, row_of
+from benchmark_results import (
+    CaseResult,
+    break_even_table,
+    case_table,
+    grid_results,
+    rate_table,
+    row_of,
+)
 from card_parts import markdown_table
 from encoder_results import EncoderResults, loss_table
 from evaluation_results import DENSE, LAYOUT, EvaluationResults
@@ -310,8 +317,14 @@ def gpu_attention() -> str:
         there). {GPU_MEANING}
     """)
     others = rate_table(alone, ("ours", "ours_mha", "sdpa_cudnn"))
+    ends = paragraph("""
+        Up to which density of random layouts sparse kernels are faster than a dense one (same record, interpolated between the densities
+        measured; 100 % is the dense layout itself):
+    """)
     tables = (code_block(rate_table(beside_peers, GPU_IMPLEMENTATIONS)), code_block(others))
-    return "\n\n".join((setting, tables[0], more, tables[1]))
+    return "\n\n".join(
+        (setting, tables[0], more, tables[1], ends, code_block(break_even_table(cases)))
+    )
 
 
 def gpu_cases(name: str, options: str, meaning: str) -> str:
@@ -341,10 +354,14 @@ def gpu_short_steps() -> str:
     path = "docs/results/gpu_short_steps.json"
     record = read_record(ROOT / path)
     results = from_plain(short_steps.Results, record.results)
+    arguments = record.arguments
+    forms, lengths = (" ".join(map(str, arguments[name])) for name in ("forms", "lengths"))
+    options = f"--forms {forms} --lengths {lengths} --rounds {arguments['rounds']} --steps {arguments['steps']}"
     setting = paragraph(f"""
         Forward, loss and backward of one window through the SmolLM2-135M architecture in bfloat16, where the CPU decides: nothing is gained
-        by computing less attention, and starting ours takes longer than starting SDPA. {machine(record.environment)}.
-        `python scripts/short_steps.py`, [record](../{path}):
+        by computing less attention, and starting ours takes longer than starting SDPA. Differences of a few per cent
+        mean nothing here: rounds of one form differ by more.
+        {machine(record.environment)}. `python scripts/short_steps.py {options}`, [record](../{path}):
     """)
     return f"{setting}\n\n{code_block(short_steps.table(results))}"
 

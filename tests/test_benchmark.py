@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -348,6 +349,21 @@ def test_both_directions_are_timed_by_replays_of_graphs(eager_graphs):
         assert graph.replays == before + 3  # one to warm up
 
 
+def test_no_list_is_freed_that_a_graph_reads(eager_graphs, monkeypatch):
+    """Clearing the cache of indices frees lists whose addresses captured graphs have."""
+    graphs_at_clearing = []
+
+    def clear():
+        graphs_at_clearing.append(len(eager_graphs))
+        clear_cache()
+
+    monkeypatch.setattr("benchmark_worker.clear_cache", clear)
+    session, _ = prepared_by_graphs()
+    session.times("forward", 1.0, 2.0)
+    session.times("backward", 1.0, 2.0)
+    assert set(graphs_at_clearing) == {0} and len(eager_graphs) == 2
+
+
 def test_what_cannot_be_captured_is_timed_by_calls(eager_graphs, monkeypatch):
     monkeypatch.setattr(EagerGraph, "refuses", True)
     session, timed_by = prepared_by_graphs()
@@ -397,6 +413,10 @@ def test_a_gpu_replays_both_directions(name, own_sdpa_kernels):
         assert facts.failure is None and facts.timed_by == GRAPHS
         times = session.times(direction, facts.estimate_ms, 10.0)
         assert 0 < sorted(times)[len(times) // 2] < 2 * facts.estimate_ms
+    gc.collect()
+    torch.cuda.empty_cache()  # what was freed meanwhile is no memory any more
+    replayed = session.calls["forward"]()
+    torch.testing.assert_close(replayed, session._forward(), atol=0, rtol=0)
 
 
 @pytest.mark.gpu

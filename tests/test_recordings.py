@@ -9,7 +9,14 @@ import pytest
 import torch
 from numerics import make_qkv
 
-from hf_blocksparse import Dense, Sequences, SinkWindow, SlidingWindow, block_sparse_attention
+from hf_blocksparse import (
+    Dense,
+    Sequences,
+    SinkWindow,
+    SlidingWindow,
+    TensorLayout,
+    block_sparse_attention,
+)
 from hf_blocksparse import attention as attention_module
 from hf_blocksparse.block_index import clear_cache
 from hf_blocksparse.ops import triton as triton_ops
@@ -284,8 +291,14 @@ TABLE = torch.tensor([[0, 20, 200, 0, 20, 200, 0], [1, 0, 300, 0, 0, 300, 0]], d
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
-def test_repeated_calls_are_as_the_first(impl, is_padded, recorded_calls, poisoned_memory):
-    layout, options = SinkWindow(4, 100), dict(impl=impl, is_causal=True)
+@pytest.mark.parametrize(
+    "layout",
+    [SinkWindow(4, 100), TensorLayout.from_tensor(torch.ones(3, 3), 128)],
+    ids=["64", "128"],
+)
+def test_repeated_calls_are_as_the_first(layout, impl, is_padded, recorded_calls, poisoned_memory):
+    """With "auto" on Hopper by the kernels with tiles of 64, and of 128."""
+    options = dict(impl=impl, is_causal=True)
     if is_padded:
         sequences = Sequences(
             TABLE.cuda(), batch=2, query_len=300, kv_len=300, query_end=300, key_end=300,

@@ -36,6 +36,22 @@ def test_every_form_is_measured_and_compared(checkpointing, tmp_path, capsys):
     assert all(FORMS[form] in capsys.readouterr().out for form in ON_A_CPU[:1])
 
 
+def test_a_run_that_is_cut_short_keeps_the_lengths_it_has(tmp_path, monkeypatch):
+    def stop_at_33(models, tokens, arguments):
+        if tokens.shape[1] == 33:
+            raise KeyboardInterrupt
+        return measure_length(models, tokens, arguments)
+
+    measure_length = short_steps.measure_length
+    monkeypatch.setattr(short_steps, "measure_length", stop_at_33)
+    output = tmp_path / "steps.json"
+    options = [*SMALL, "--lengths", "20", "33", "--forms", "sdpa", "sparse", f"--output={output}"]
+    with pytest.raises(KeyboardInterrupt):
+        short_steps.main(options)
+    rows = from_plain(Results, read_record(output).results).measurements
+    assert [(row.length_tokens, row.form) for row in rows] == [(20, "sdpa"), (20, "sparse")]
+
+
 def test_the_models_compute_what_their_form_says():
     arguments = short_steps.parse_args([*SMALL, "--forms", *ON_A_CPU])
     models = short_steps.build_models(arguments)

@@ -38,9 +38,9 @@ On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward a
 PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
 """The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
 
-On an NVIDIA H200, random layouts of blocks of 16 and 32 that 4 heads share: 0.67 to 0.87 and 0.25 to 0.40. The backward's is lower because
-dK and dV are summed over the heads of a group, in key tiles as narrow as a block. Beside tiles of 64, taken where results must be
-reproducible, it would be higher, too."""
+Quotients of rates on an NVIDIA H200, random layouts of blocks of 16 and 32 that 4 heads share (docs/tuning.md): 0.67 to 0.87 and, at head
+size 128, 0.26 to 0.33. The backward's is lower because dK and dV are summed over the heads of a group, in key tiles as narrow as a block.
+Where results must be reproducible it stands beside tiles of 64, too, where it could be higher."""
 SMALL_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 """Of kernels with tiles of 64: so many registers leave room for two programs on a multiprocessor."""
 ALIGNMENT_BYTES = 16

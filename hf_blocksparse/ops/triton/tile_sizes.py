@@ -145,7 +145,7 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
 }
 
 # With key tiles as narrow as a block: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
-# in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32.
+# in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
     ("sm_90", "grad_key_value", _HALF): {
         64: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
