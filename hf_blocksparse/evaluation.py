@@ -231,11 +231,12 @@ def chunked_losses(
 
 
 def _is_bare(head: nn.Module) -> bool:
-    """Whether calling `head` is its matrix product and nothing else: no adapter, no hook that gathers a
-    shard or moves weights.
+    """Whether calling `head` is its matrix product and nothing else: no adapter, no weights that are in
+    parts, no hook that gathers or moves them.
     """
     return (
         type(head) is nn.Linear
+        and head.weight.shape == (head.out_features, head.in_features)
         and "forward" not in vars(head)
         and not any(
             (head._forward_pre_hooks, head._forward_hooks)

@@ -102,9 +102,14 @@ def draw_costs(results: EvaluationResults, path: Path) -> None:
         time.plot(tokens, [cost.median_seconds for _, cost in points], marker="o", label=name)
         memory.plot(tokens, [cost.peak_bytes / 2**30 for _, cost in points], marker="o", label=name)
     work = results.costs[0].row.work
-    time.set(xlabel="tokens", ylabel=f"seconds, {work}", xscale="log", yscale="log")
-    memory.set(xlabel="tokens", ylabel="peak memory, GiB", xscale="log", yscale="log")
-    time.legend(fontsize=7)
+    time.set(xlabel="tokens", ylabel=f"seconds, {work}")
+    memory.set(xlabel="tokens", ylabel="peak memory, GiB")
+    for axes in (time, memory):
+        if len({cost.tokens for cost in results.costs}) > 1:
+            axes.set(xscale="log", yscale="log")
+        else:  # a logarithmic scale would blow small differences up
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    memory.legend(fontsize=7, loc="lower right")
     save(figure, path)
 
 

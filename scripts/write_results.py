@@ -25,6 +25,7 @@ from benchmark_results import (
     row_of,
 )
 from card_parts import markdown_table
+from encoder_results import EncoderResults, loss_table
 from evaluation_results import DENSE, LAYOUT, EvaluationResults
 from sparsify_results import SparsifyResults
 from write_model_card import cost_table, quality_table
@@ -68,6 +69,16 @@ def write_page() -> str:
         "Short calls": gpu_cases("gpu_benchmark_launch", "--grid launch", LAUNCHES),
         "Training steps at short lengths": gpu_short_steps(),
         "A step of decoding": gpu_decoding(),
+        "A training step": "\n\n".join(
+            training_step(*each)
+            for each in (
+                ("smollm2-32k-sink-window", "evaluate"),
+                ("smollm2-131k-sink-window", "finetune"),
+            )
+        )
+        + "\n\n"
+        + paragraph(TRAINING_STEP),
+        "An encoder made long": encoder("minilm-4096-longformer", ENCODER),
         "What patching costs": patching(),
         "Attention alone on a CPU": cpu_attention(),
         "The index": index(),
@@ -92,6 +103,17 @@ CPU_MAIN_JOB = """
 GPU_MAIN_JOB = """
     One window of 8,192 tokens at a time is too little work for such a GPU: the time of both implementations is then that of starting
     kernels, and the sparse one starts more of them.
+"""
+
+
+TRAINING_STEP = """
+    With `none` no token reads another, so nothing can be faster. `sdpa` never holds all scores: against it a layout saves time, not memory.
+"""
+
+ENCODER = """
+    The position table was continued by copies of itself. Dense attention then meets every position as often as there are copies, for which
+    the model was not made, and is lost; a window meets each once, so the layout may be put in as it is, and reads a little better than the
+    chunks before it is trained. 120 steps change little more.
 """
 
 
@@ -154,6 +176,54 @@ def trained(name: str, meaning: str) -> str:
         [record]({path}):
     """)
     return f"{setting}\n\n{evaluation_card.quality_table(results)}\n\n{paragraph(meaning)}"
+
+
+def training_step(name: str, script: str) -> str:
+    """Time and memory of a step of training at a long context."""
+    path = f"model_cards/{name}/results/{script}.json"
+    record = read_record(ROOT / path)
+    results = from_plain(EvaluationResults, record.results)
+    layout = next(each for each in results.attentions if each.role == LAYOUT)
+    found = {
+        cost.row.attention: cost.row.cost
+        for cost in results.costs
+        if cost.tokens == results.context_tokens and cost.row.cost is not None
+    }
+    ours, dense, none = found[layout.name], found["sdpa"], found["none"]
+    assert layout.facts is not None
+    setting = paragraph(f"""
+        {results.model.base_model.split("/")[-1]}, one window a step, {record.arguments["cost_weights"]} weights, gradient checkpointing,
+        chunked loss, without the optimizer; `{layout.facts.description}` keeps {layout.density:.1%} at {results.context_tokens:,} tokens.
+        {machine(record.environment)}, a process for each row, `python scripts/measure_costs.py`,
+        [card](../model_cards/{name}/README.md), [record](../{path}):
+    """)
+    faster, share = (other.median_seconds / ours.median_seconds for other in (dense, none))
+    meaning = paragraph(f"""
+        At {results.context_tokens:,} tokens the layout trains at {faster:.2f} times the speed of SDPA and {share:.0%} of the speed without
+        attention, with {ours.peak_bytes / dense.peak_bytes:.2%} of SDPA's peak memory.
+    """)
+    return f"{setting}\n\n{evaluation_card.cost_table(results)}\n\n{meaning}"
+
+
+def encoder(name: str, meaning: str) -> str:
+    """What an encoder's extension came to."""
+    path = f"model_cards/{name}/results/finetune_encoder.json"
+    record = read_record(ROOT / path)
+    results = from_plain(EncoderResults, record.results)
+    setting = paragraph(f"""
+        {results.model.base_model.split("/")[-1]}, an encoder of {results.short_tokens:,} tokens without a masked-token head: a head was
+        trained first, then it was made to read {results.context_tokens:,} tokens with `{results.layout.description}`, which keeps
+        {results.layout.density:.1%} of the square. Loss at {results.rows[0].num_hidden:,} hidden tokens of
+        {len(results.rows[0].window_nll_nats)} held-out documents; differences are to dense attention in chunks, trained or not as the row
+        is. {machine(record.environment)}, `python scripts/finetune_encoder.py`, [card](../model_cards/{name}/README.md),
+        [record](../{path}):
+    """)
+    rates = ", ".join(
+        f"{run.attention} {statistics.median(run.tokens_per_second):,.0f}"
+        for run in results.trainings
+    )
+    meaning = f"""{meaning} Tokens a second in training, beside other work on the machine, heads of 32 with dropout: {rates}."""
+    return f"{setting}\n\n{loss_table(results)}\n\n{paragraph(meaning)}"
 
 
 def read_benchmark(name: str) -> tuple[RunRecord, benchmark.Results, str]:

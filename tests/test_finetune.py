@@ -1083,6 +1083,7 @@ def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path,
     large += ["--bucket_tokens=80", "--cards=cards"]
     scripts = {
         "evaluate": (evaluate, small),
+        "measure_costs": (measure_costs, [f"--model={model_folder}", "--cost_tokens=96"]),
         "finetune": (finetune, [*small, *trained]),
         "write_model_card": (write_model_card, []),
         "plot": (plot, []),
@@ -1100,7 +1101,14 @@ def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path,
             module, added = scripts[Path(script).stem]
             module.main([*arguments, *added, *(large if "recipes" in line else [])])
             ran.append(Path(script).stem)
-    scripts_in_order = ["evaluate", "finetune", "finetune", "write_model_card", "plot"]
+    scripts_in_order = [
+        "evaluate",
+        "measure_costs",
+        "finetune",
+        "finetune",
+        "write_model_card",
+        "plot",
+    ]
     assert ran == ["python", *scripts_in_order, "python", "finetune"]
     card = tmp_path / "runs" / "tutorial" / "cards" / "tutorial"
     assert ModelCard((card / "README.md").read_text(), ignore_metadata_errors=False).data.tags
