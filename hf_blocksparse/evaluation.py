@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver, get_context, set_forkserver_preload
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -691,16 +691,25 @@ def in_fresh_process(
     """Run `function` in a new process and return its result; an exception there is raised here.
 
     The process is forked from one that has imported what measurements need and done nothing else, so it
-    starts in a second, without a GPU context, and with the environment variables of the first call. The
-    function must be importable (not a lambda), its arguments and result picklable. A process that the
-    system ends, for memory for example, raises `concurrent.futures.process.BrokenProcessPool`.
+    starts in a second, without a GPU context, and with the environment variables of the first call (where
+    the system cannot fork, it starts from nothing). The function must be importable (not a lambda), its
+    arguments and result picklable. A process that the system ends, for memory for example, raises
+    `concurrent.futures.process.BrokenProcessPool`.
     """
     prepare_fresh_processes()
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context(_start_method())) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
 def prepare_fresh_processes() -> None:
     """Begin, in the background, with the imports of which `in_fresh_process` makes use."""
-    set_forkserver_preload(list(_PRELOADED))
-    forkserver.ensure_running()
+    if _start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
+        forkserver.ensure_running()
+
+
+def _start_method() -> str:
+    """Where nothing can be forked, on Windows, each process imports for itself."""
+    return "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
