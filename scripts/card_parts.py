@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from sparsify_results import ModelFacts
+from huggingface_hub import EvalResult, ModelCardData
+from sparsify_results import ModelFacts, TextFacts
 
 from hf_blocksparse.run_record import RunRecord
 
@@ -22,6 +23,36 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for column, width in enumerate(widths)
     )
     return "\n".join([join(header), rule + "|", *map(join, rows)])
+
+
+def card_metadata(
+    name: str,
+    model: ModelFacts,
+    text: TextFacts,
+    perplexities: Sequence[tuple[str, float]],
+    task: str = "text-generation",
+) -> str:
+    """The YAML header that the hub reads; `perplexities`: what each is of, and its value."""
+    data = ModelCardData(
+        model_name=name,
+        base_model=model.base_model,
+        license=model.licence,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["hf-blocksparse", "block-sparse-attention", "long-context"],
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=text.corpus,
+                dataset_name=text.description,
+                metric_type="perplexity",
+                metric_name=metric_name,
+                metric_value=round(perplexity, 4),
+            )
+            for metric_name, perplexity in perplexities
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def quantity(number: int, noun: str) -> str:

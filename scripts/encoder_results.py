@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from card_parts import (
+    card_metadata,
     device_sentence,
     markdown_table,
     model_sentence,
@@ -13,7 +14,6 @@ from card_parts import (
     source_sentences,
 )
 from evaluation_results import TrainingRun
-from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import LayoutFacts, ModelFacts, TextFacts
 
 from hf_blocksparse.evaluation import NllDifference
@@ -131,28 +131,12 @@ def training_table(results: EncoderResults) -> str:
     )
 
 
-def card_metadata(results: EncoderResults) -> str:
+def metadata(results: EncoderResults) -> str:
     """The YAML header that the hub reads."""
     row = results.row(LAYOUT, LAYOUT)
-    data = ModelCardData(
-        model_name=results.name,
-        base_model=results.model.base_model,
-        license=results.model.licence,
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["hf-blocksparse", "block-sparse-attention", "long-context"],
-        eval_results=[
-            EvalResult(
-                task_type="fill-mask",
-                dataset_type=results.text.corpus,
-                dataset_name=results.text.description,
-                metric_type="perplexity",
-                metric_name=f"of hidden tokens, windows of {results.context_tokens} tokens",
-                metric_value=round(math.exp(row.nll_nats), 4),
-            )
-        ],
-    )
-    return f"---\n{data.to_yaml()}\n---"
+    of = f"of hidden tokens, windows of {results.context_tokens} tokens"
+    perplexities = [(of, math.exp(row.nll_nats))]
+    return card_metadata(results.name, results.model, results.text, perplexities, "fill-mask")
 
 
 def render_encoder(record: RunRecord, record_path: str) -> str:
@@ -175,7 +159,7 @@ def render_encoder(record: RunRecord, record_path: str) -> str:
         f"Everything on this page comes from [{record_path}]({record_path}).",
     )
     parts = (
-        card_metadata(results),
+        metadata(results),
         f"# {results.name}",
         f"""{base}, an encoder of {results.short_tokens:,} tokens, made to read {results.context_tokens:,} by copies of its position
 table and `{results.layout.description}`, which keeps {results.layout.density:.1%} of the coefficients at that length. Trained with it for

@@ -4,6 +4,7 @@ import json
 import statistics
 
 from card_parts import (
+    card_metadata,
     device_sentence,
     markdown_table,
     model_sentence,
@@ -20,7 +21,6 @@ from evaluation_results import (
     QualityRow,
     kept_gain,
 )
-from huggingface_hub import EvalResult, ModelCardData
 
 from hf_blocksparse.run_record import RunRecord, from_plain
 
@@ -171,36 +171,21 @@ def headline_rows(results: EvaluationResults) -> list[QualityRow]:
     return [row for row in rows if row is not None]
 
 
-def card_metadata(results: EvaluationResults) -> str:
+def metadata(results: EvaluationResults) -> str:
     """The YAML header that the hub reads."""
-    data = ModelCardData(
-        model_name=results.name,
-        base_model=results.model.base_model,
-        license=results.model.licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf-blocksparse", "block-sparse-attention", "long-context"],
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=results.text.corpus,
-                dataset_name=results.text.description,
-                metric_type="perplexity",
-                metric_name=f"perplexity with {row.attention}, last {results.scored_tokens} of "
-                f"{results.context_tokens} tokens",
-                metric_value=round(row.perplexity.perplexity, 4),
-            )
-            for row in headline_rows(results)
-        ],
-    )
-    return f"---\n{data.to_yaml()}\n---"
+    tokens = f"last {results.scored_tokens} of {results.context_tokens} tokens"
+    perplexities = [
+        (f"perplexity with {row.attention}, {tokens}", row.perplexity.perplexity)
+        for row in headline_rows(results)
+    ]
+    return card_metadata(results.name, results.model, results.text, perplexities)
 
 
 def render_evaluation(record: RunRecord, record_path: str) -> str:
     """The whole card, as markdown with its YAML header."""
     results = from_plain(EvaluationResults, record.results)
     parts = [
-        card_metadata(results),
+        metadata(results),
         f"# {results.name}",
         _introduction(results),
         "![layout](figures/layout.png)",

@@ -13,8 +13,9 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ FORMS = {
     "dense_kernels": "patched, Dense(), kernels of this package",
     "sparse": "patched, SinkWindow(sink=64, window=128)",
 }
+
+
+VOCAB_SIZE = 49152
+LONGEST_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -63,21 +68,26 @@ class Results:
     measurements: tuple[Measurement, ...]
 
 
-def build_models(arguments: argparse.Namespace) -> dict[str, LlamaForCausalLM]:
+def small_model(arguments: argparse.Namespace, vocab_size: int = VOCAB_SIZE) -> LlamaForCausalLM:
+    """SmolLM2-135M's architecture, or one of the sizes named, with random weights and SDPA."""
     torch.manual_seed(arguments.seed)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocab_size,
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.hidden_size * 8 // 3,
         num_hidden_layers=arguments.num_layers,
         num_attention_heads=arguments.num_heads,
         num_key_value_heads=arguments.num_kv_heads,
-        max_position_embeddings=8192,
+        max_position_embeddings=LONGEST_TOKENS,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    model = LlamaForCausalLM(config).to(arguments.device, dtype).eval()
+    return LlamaForCausalLM(config).to(arguments.device, dtype)
+
+
+def build_models(arguments: argparse.Namespace) -> dict[str, LlamaForCausalLM]:
+    model = small_model(arguments).eval()
     models = {form: copy.deepcopy(model) for form in FORMS}
     kernels = "triton" if arguments.device == "cuda" else "torch"
     patch_model(models["dense"], Dense())
@@ -99,26 +109,38 @@ def time_calls(call: Callable[[], object], calls: int, device: str) -> tuple[flo
     return (time.perf_counter() - start) / calls, thread_seconds / calls
 
 
+def take_turns(
+    forms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int,
+    device: str,
+    description: str = "rounds",
+) -> dict[str, list[tuple[float, float]]]:
+    """`time_calls` of each form in each round; every form goes first in its turn."""
+    seconds: dict[str, list[tuple[float, float]]] = {form: [] for form in forms}
+    names = list(forms)
+    for number in tqdm(range(rounds), desc=description, unit="round"):
+        turn = number % len(names)
+        for form in names[turn:] + names[:turn]:
+            seconds[form].append(time_calls(forms[form], calls, device))
+    return seconds
+
+
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> Results:
     models = build_models(arguments)
     shape = (arguments.batch_size, arguments.length_tokens)
-    tokens = torch.randint(0, 49152, shape, device=arguments.device)
+    tokens = torch.randint(0, VOCAB_SIZE, shape, device=arguments.device)
 
-    def call(form: str) -> torch.Tensor:
-        return models[form](tokens, use_cache=False).logits
+    def call(model: LlamaForCausalLM) -> torch.Tensor:
+        return model(tokens, use_cache=False).logits
 
-    expected = call("sdpa").float()
-    differences = {form: (call(form).float() - expected).abs().max().item() for form in FORMS}
-    seconds: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
+    calls = {form: partial(call, model) for form, model in models.items()}
+    expected = calls["sdpa"]().float()
+    differences = {form: (calls[form]().float() - expected).abs().max().item() for form in FORMS}
     for form in FORMS:
-        time_calls(lambda form=form: call(form), arguments.calls, arguments.device)
-    for round_number in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
-        # Every form goes first in its turn.
-        turn = round_number % len(FORMS)
-        for form in [*FORMS][turn:] + [*FORMS][:turn]:
-            timed = time_calls(lambda form=form: call(form), arguments.calls, arguments.device)
-            seconds[form].append(timed)
+        time_calls(calls[form], arguments.calls, arguments.device)
+    seconds = take_turns(calls, arguments.rounds, arguments.calls, arguments.device)
     measurements = []
     for form, pairs in seconds.items():
         ratios = [
@@ -148,6 +170,14 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes of `small_model`, SmolLM2-135M's by default."""
+    parser.add_argument("--hidden-size", type=int, default=576)
+    parser.add_argument("--num-layers", type=int, default=30)
+    parser.add_argument("--num-heads", type=int, default=9)
+    parser.add_argument("--num-kv-heads", type=int, default=3)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -155,10 +185,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length-tokens", type=int, default=512)
-    parser.add_argument("--hidden-size", type=int, default=576)
-    parser.add_argument("--num-layers", type=int, default=30)
-    parser.add_argument("--num-heads", type=int, default=9)
-    parser.add_argument("--num-kv-heads", type=int, default=3)
+    add_model_arguments(parser)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--calls", type=int, default=10, help="per form and round")
     parser.add_argument("--seed", type=int, default=0)

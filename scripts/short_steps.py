@@ -19,10 +19,16 @@ from pathlib import Path
 
 import torch
 from attention_cost import NONE, no_attention
-from patching_overhead import time_calls
+from patching_overhead import (
+    LONGEST_TOKENS,
+    VOCAB_SIZE,
+    add_model_arguments,
+    small_model,
+    take_turns,
+    time_calls,
+)
 from torch import Tensor
-from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
 from hf_blocksparse import Dense, Layout, SinkWindow, SlidingWindow, patch_model
 from hf_blocksparse.evaluation import next_token_losses
@@ -35,7 +41,6 @@ from hf_blocksparse.run_record import (
 )
 
 BASE = "sdpa"
-LONGEST_TOKENS = 8192
 # No `Dense()`: that is handed over to the model's own attention. A window longer than the text keeps all of it.
 LAYOUTS: dict[str, Layout] = {
     "dense": Dense(),
@@ -80,20 +85,7 @@ class Results:
 
 
 def build_models(arguments: argparse.Namespace) -> dict[str, LlamaForCausalLM]:
-    torch.manual_seed(arguments.seed)
-    config = LlamaConfig(
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.hidden_size * 8 // 3,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.num_heads,
-        num_key_value_heads=arguments.num_kv_heads,
-        max_position_embeddings=LONGEST_TOKENS,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    model = LlamaForCausalLM(config).to(arguments.device, dtype).train()
+    model = small_model(arguments, arguments.vocab_size).train()
     AttentionInterface.register(no_attention.__name__, no_attention)
     AttentionMaskInterface.register(no_attention.__name__, lambda *sizes, **options: None)
     models = {form: copy.deepcopy(model) for form in arguments.forms}
@@ -127,17 +119,16 @@ def measure_length(
         is_same = form in COMPUTES_SDPA
         found = step().float()
         errors[form] = ((found - expected).norm() / expected.norm()).item() if is_same else None
-    seconds: dict[str, list[tuple[float, float]]] = {form: [] for form in steps}
     # What is done the first times: compiling, indices, recordings.
     for step in steps.values():
         time_calls(step, max(3, arguments.steps), arguments.device)
-    forms = list(steps)
-    description = f"rounds of {tokens.shape[1]} tokens"
-    for number in tqdm(range(arguments.rounds), desc=description, unit="round"):
-        turn = number % len(forms)
-        for form in forms[turn:] + forms[:turn]:
-            timed = time_calls(steps[form], arguments.steps, arguments.device)
-            seconds[form].append(timed)
+    seconds = take_turns(
+        steps,
+        arguments.rounds,
+        arguments.steps,
+        arguments.device,
+        f"rounds of {tokens.shape[1]} tokens",
+    )
     base = [step_seconds for step_seconds, _ in seconds[BASE]]
     measurements = []
     for form, pairs in seconds.items():
@@ -186,11 +177,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--forms", choices=tuple(FORMS), nargs="+", default=list(FORMS))
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--hidden-size", type=int, default=576)
-    parser.add_argument("--num-layers", type=int, default=30)
-    parser.add_argument("--num-heads", type=int, default=9)
-    parser.add_argument("--num-kv-heads", type=int, default=3)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    add_model_arguments(parser)
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1, help="per form and round")
     parser.add_argument("--seed", type=int, default=0)

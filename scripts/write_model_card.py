@@ -10,6 +10,7 @@ from pathlib import Path
 
 from attention_cost import FORWARD, FORWARD_AND_BACKWARD, WHOLE_MODEL
 from card_parts import (
+    card_metadata,
     device_sentence,
     markdown_table,
     model_sentence,
@@ -18,7 +19,6 @@ from card_parts import (
 )
 from encoder_results import render_encoder
 from evaluation_card import render_evaluation
-from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import CostRow, Quality, SparsifyResults
 
 from hf_blocksparse.run_record import RunRecord, from_plain, read_record
@@ -86,30 +86,14 @@ def _cost_cells(row: CostRow, sdpa_seconds: float | None) -> tuple[str, ...]:
     )
 
 
-def card_metadata(results: SparsifyResults) -> str:
+def metadata(results: SparsifyResults) -> str:
     """The YAML header that the hub reads."""
-    tuned = [row for row in results.qualities if row.label == results.trainings[-1].label + TUNED]
-    data = ModelCardData(
-        model_name=results.name,
-        base_model=results.model.base_model,
-        license=results.model.licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf-blocksparse", "block-sparse-attention", "long-context"],
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=results.text.corpus,
-                dataset_name=results.text.description,
-                metric_type="perplexity",
-                metric_name=f"perplexity, last {results.scored_tokens} of "
-                f"{results.context_tokens} tokens",
-                metric_value=round(row.perplexity.perplexity, 4),
-            )
-            for row in tuned
-        ],
-    )
-    return f"---\n{data.to_yaml()}\n---"
+    of = f"perplexity, last {results.scored_tokens} of {results.context_tokens} tokens"
+    label = results.trainings[-1].label + TUNED
+    perplexities = [
+        (of, row.perplexity.perplexity) for row in results.qualities if row.label == label
+    ]
+    return card_metadata(results.name, results.model, results.text, perplexities)
 
 
 TUNED = ", fine-tuned"
@@ -127,7 +111,7 @@ def render(record: RunRecord, record_path: str) -> str:
     training = results.trainings[-1]
     trained_tokens = len(training.losses_nats) * training.tokens_per_step
     base = f"[{model.base_model}](https://huggingface.co/{model.base_model})"
-    return f"""{card_metadata(results)}
+    return f"""{metadata(results)}
 
 # {results.name}
 
