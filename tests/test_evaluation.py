@@ -1,6 +1,7 @@
 """Measurements agree with the plain computation; bad input is refused; records survive the file."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -319,6 +320,25 @@ def test_peak_memory_on_the_cpu_is_what_was_allocated():
     assert len(large.seconds) == 2 and min(large.seconds) > 0
     assert 250 * mebibyte < large.added_bytes < 290 * mebibyte
     assert small.added_bytes < 50 * mebibyte
+
+
+def test_garbage_is_collected_between_timed_calls_alone():
+    collecting_in_calls, collections = [], []
+
+    def note(phase, info):
+        if phase == "start":
+            collections.append(info["generation"])
+
+    assert gc.isenabled()
+    gc.callbacks.append(note)
+    try:
+        measure_cost(lambda: collecting_in_calls.append(gc.isenabled()), device=CPU, repetitions=3)
+        with pytest.raises(ZeroDivisionError):
+            measure_cost(lambda: 1 / 0, device=CPU)
+    finally:
+        gc.callbacks.remove(note)
+    assert collecting_in_calls == [False] * 4 and collections.count(2) >= 4
+    assert gc.isenabled()
 
 
 def test_measure_cost_refuses_what_it_cannot_measure():
