@@ -30,9 +30,12 @@ SCATTERED = TensorLayout.from_tensor(
 )
 HALF = Scenario(SlidingWindow(100), 200, dtype=torch.float16, head_dim=64, heads=2, kv_heads=1)
 DOCUMENTS = ((0, 0, 3), (0, 3, 130), (0, 135, 200))
+# The first keys' column has 128 steps of the backward, the others fewer: it is cut into parts.
+LONG_COLUMN = replace(HALF, layout=SinkWindow(4, 60), heads=8)
 # By what they run; each of them forward and backward, where no other is said.
 PARTS = {
-    # Full, partial and edge tiles; every option; decoding, split over programs and not; gathered strips, of a head and of three.
+    # Full, partial and edge tiles; every option; decoding, split over programs and not; gathered strips, of a head and of three; a long
+    # column.
     "portable": (
         "triton",
         (
@@ -42,15 +45,17 @@ PARTS = {
             replace(HALF, layout=SCATTERED.for_heads(0, 1, 2), is_causal=False, heads=3),
             replace(HALF, layout=Dense(), query_len=3, kv_len=300),
             replace(HALF, dtype=torch.float32, query_len=70),
+            replace(LONG_COLUMN, query_len=1024),
         ),
     ),
-    # Tiles of every kind, groups of heads, documents, a padded head size.
+    # Tiles of every kind, groups of heads, documents, a padded head size, a long column.
     "hopper": (
         "auto",
         (
             replace(HALF, layout=SinkWindow(4, 150), query_len=400, grad_lse=True),
             replace(HALF, layout=PerHead((Dense(), BigBird(64))), query_len=300, head_dim=128),
             replace(HALF, layout=Dense(), runs=DOCUMENTS, is_causal=False, head_dim=96, kv_heads=2),
+            replace(LONG_COLUMN, layout=SinkWindow(4, 1000), query_len=2048),
         ),
     ),
 }

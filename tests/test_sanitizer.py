@@ -23,6 +23,8 @@ PORTABLE = {
     "combine_kernel",
     "grad_query_kernel",
     "grad_key_value_kernel",
+    "count_steps_kernel",
+    "add_parts_kernel",
 }
 HOPPER = {
     "describe_kernel",
@@ -36,6 +38,8 @@ HOPPER = {
     "store_kernel",
     "key_pass_kernel",
     "query_pass_kernel",
+    "count_steps_kernel",
+    "add_parts_kernel",
 }
 needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="needs compute capability 9.0")
 pytestmark = pytest.mark.gpu
