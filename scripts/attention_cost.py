@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pretrained import load_model
-from sparsify_results import CostRow
+from sparsify_results import NONE, CostRow
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,7 +19,6 @@ from hf_blocksparse.evaluation import Cost, in_fresh_process, measure_cost, next
 ALONE, WHOLE_MODEL = "attention alone", "whole model"
 FORWARD, FORWARD_AND_BACKWARD = "forward", "forward and backward"
 # transformers' own attention functions, and a model that has none: no layout can be faster.
-NONE = "none"
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", NONE)
 
 

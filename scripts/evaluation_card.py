@@ -21,6 +21,7 @@ from evaluation_results import (
     QualityRow,
     kept_gain,
 )
+from sparsify_results import NONE
 
 from hf_blocksparse.run_record import RunRecord, from_plain
 
@@ -115,6 +116,10 @@ def probe_table(results: EvaluationResults) -> str:
     return markdown_table(header, cells)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
 def cost_table(results: EvaluationResults) -> str:
     """Time and memory at every length; ratios are against sdpa, what transformers takes by default."""
     sdpa = {
@@ -126,20 +131,24 @@ def cost_table(results: EvaluationResults) -> str:
     def cells(cost: LengthCost) -> tuple[str, ...]:
         row = cost.row
         if row.cost is None:
-            return f"{cost.tokens:,}", row.attention, row.failure or "-", "-", "-", "-"
+            return f"{cost.tokens:,}", row.attention, row.failure or "-", "-", "-", "-", "-"
         seconds = row.cost.median_seconds
+        all_seconds = row.cost.seconds
         dense = sdpa.get((cost.tokens, row.work))
         return (
             f"{cost.tokens:,}",
             row.attention,
-            f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s",
+            _duration(seconds),
+            f"{_duration(min(all_seconds))} to {_duration(max(all_seconds))}"
+            if len(all_seconds) > 1
+            else "one call",
             f"{cost.tokens / seconds:,.0f}",
             "-" if dense is None else f"{dense / seconds:.2f}x",
             f"{row.cost.peak_bytes / GIB:.2f}",
         )
 
     return markdown_table(
-        ("tokens", "attention", "time", "tokens/s", "sdpa time / this", "peak GiB"),
+        ("tokens", "attention", "time", "of the calls", "tokens/s", "sdpa time / this", "peak GiB"),
         [cells(cost) for cost in results.costs],
     )
 
@@ -330,7 +339,26 @@ def _explain_costs(record: RunRecord, results: EvaluationResults) -> str:
         "with the causal mask; with `none` no token reads another, which no layout can undercut. `sdpa` "
         "never holds all scores, so against it sparsity saves time, not memory; `eager` holds them all.",
     ]
+    if lengths := _lengths_of_the_cpu(results):
+        sentences.append(
+            f"At {', '.join(f'{tokens:,}' for tokens in lengths)} tokens the model without attention took no less time than "
+            "another one: the CPU, which issues the kernels, decides there, and no layout can save time."
+        )
     return "\n".join(sentences)
+
+
+def _lengths_of_the_cpu(results: EvaluationResults) -> list[int]:
+    """Lengths at which `none` is not the fastest."""
+    timed: dict[int, dict[str, float]] = {}
+    for cost in results.costs:
+        if cost.row.cost is not None:
+            found = timed.setdefault(cost.tokens, {})
+            found[cost.row.attention] = cost.row.cost.median_seconds
+    return [
+        tokens
+        for tokens, found in timed.items()
+        if NONE in found and found[NONE] > min(found.values())
+    ]
 
 
 def _explain_training(record: RunRecord, results: EvaluationResults) -> str:

@@ -84,12 +84,15 @@ def draw_frontier(results: EvaluationResults, path: Path) -> None:
     if timed:
         tokens = max(cost.tokens for cost in results.costs)
         work = results.costs[0].row.work
-        charts[1].set(xlabel=f"seconds at {tokens:,} tokens, {work}", xlim=(0, None))
+        charts[1].set(xlabel=f"seconds at {tokens:,} tokens, {work}")
+        charts[1].set_xlim(0, 1.05 * charts[1].dataLim.x1)
     save(figure, path)
 
 
 def draw_costs(results: EvaluationResults, path: Path) -> None:
     """Time and peak memory against length, one line per attention."""
+    from matplotlib.ticker import LogLocator
+
     figure = new_figure(10.4, 4.2)
     time, memory = figure.subplots(1, 2)
     for name in dict.fromkeys(cost.row.attention for cost in results.costs):
@@ -104,12 +107,21 @@ def draw_costs(results: EvaluationResults, path: Path) -> None:
     work = results.costs[0].row.work
     time.set(xlabel="tokens", ylabel=f"seconds, {work}")
     memory.set(xlabel="tokens", ylabel="peak memory, GiB")
+    lengths = sorted({cost.tokens for cost in results.costs})
     for axes in (time, memory):
-        if len({cost.tokens for cost in results.costs}) > 1:
+        if len(lengths) > 1:
             axes.set(xscale="log", yscale="log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_yticks([], minor=True)
         else:  # a logarithmic scale would blow small differences up
             axes.set_ylim(0, 1.1 * axes.dataLim.y1)
-    memory.legend(fontsize=7, loc="lower right")
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+    # Below the axes, where it hides no point.
+    figure.legend(
+        *time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7
+    )
     save(figure, path)
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_cost import NONE, no_attention
+from attention_cost import no_attention
 from patching_overhead import (
     LONGEST_TOKENS,
     VOCAB_SIZE,
@@ -27,6 +27,7 @@ from patching_overhead import (
     take_turns,
     time_calls,
 )
+from sparsify_results import NONE
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 

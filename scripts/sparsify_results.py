@@ -5,6 +5,8 @@ from typing import Any
 
 from hf_blocksparse.evaluation import Cost, NllDifference, Perplexity, RepeatProbe
 
+NONE = "none"  # the attention of a `CostRow` of a model in which no token reads another
+
 
 @dataclass(frozen=True)
 class ModelFacts:

@@ -217,6 +217,32 @@ def test_the_frontier_is_drawn_at_the_longest_length_alone(evaluation):
     assert "out of GPU memory" in evaluation_card.cost_table(results)
 
 
+def test_a_card_tells_the_spread_of_times_and_where_the_cpu_decides(evaluation):
+    results = results_of(evaluation)
+
+    def timed(seconds):
+        """The results with these seconds at 64 and 300 tokens."""
+        costs = tuple(
+            replace(cost, row=replace(cost.row, cost=replace(cost.row.cost, seconds=calls)))
+            for cost in results.costs
+            for calls in [seconds[cost.tokens].get(cost.row.attention, (9.0,))]
+        )
+        return replace(results, costs=costs)
+
+    record = read_record(evaluation)
+    seconds = {64: {"none": (0.2, 0.4, 0.3), "sdpa": (0.29,)}, 300: {"none": (0.2,), "sdpa": (1,)}}
+    table = evaluation_card.cost_table(timed(seconds))
+    first = next(line for line in table.splitlines() if line.startswith("| 64"))
+    assert [cell.strip() for cell in first.split("|")][1:5] == [
+        "64", "none", "300 ms", "200 ms to 400 ms",
+    ]  # fmt: skip
+    assert "one call" in table
+    explained = evaluation_card._explain_costs(record, timed(seconds))
+    assert "At 64 tokens the model without attention took no less time" in explained
+    seconds[64]["none"] = (0.1,)
+    assert "the CPU" not in evaluation_card._explain_costs(record, timed(seconds))
+
+
 def test_kept_gain_is_the_share_of_what_dense_gains_from_its_context(evaluation):
     results = results_of(evaluation)
 
