@@ -53,6 +53,7 @@ from chunked_loss import use_chunked_loss  # noqa: E402
 from evaluation_results import EvaluationResults, kept_gain  # noqa: E402
 
 CPU = torch.device("cpu")
+SHARDED_LOSS = Path(__file__).with_name("sharded_loss.py")
 LAYOUT = "sink_window:sink=4,window=28"
 SMALL = [
     "--context-tokens=160",
@@ -981,6 +982,19 @@ BY_HEAD = (SinkWindow(64, 192), BigBird(128, 1, 1, 1), SlidingWindow(200), Dense
 # The first loss (nats), the later ones, and the share of each weight's change. With the heads' layouts in another order the first
 # loss is off by 0.3. In bfloat16 the steps depend on rounding, most of all where DeepSpeed rounds the weights.
 TOLERANCES = {"float32": (5e-4, 5e-4, 0.05), "bfloat16": (1e-2, 0.1, 0.5)}
+
+
+def test_the_loss_of_weights_that_fsdp2_shards_has_the_gradients_of_whole_ones():
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SHARDED_LOSS)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {each["case"]: each["bare"] for each in found} == {
+        "tied": True, "untied": True, "by itself": False,
+    }  # fmt: skip
+    assert all(each["error"] < 2e-6 for each in found), found
 
 
 @pytest.mark.gpu
