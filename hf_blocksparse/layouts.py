@@ -149,6 +149,11 @@ class Layout:
         """Whether a row's keys change with the length of the sequence."""
         return False
 
+    def keeps_all(self, num_tokens: int) -> bool:
+        """Whether no two tokens less than `num_tokens` apart are kept from each other, wherever they stand. False may say that it is not
+        known without an index."""
+        return False
+
     def readable_from(self, position: int) -> Intervals:
         """Intervals `(start, stop)` of positions that hold every key which a query at `position` or later may read in any head.
 
@@ -243,6 +248,9 @@ class Dense(Layout):
 
     kind: ClassVar[str] = "dense"
 
+    def keeps_all(self, num_tokens: int) -> bool:
+        return True
+
     def rule(self, context: RuleContext) -> Rule:
         return Band()
 
@@ -257,6 +265,9 @@ class SlidingWindow(Layout):
     def __post_init__(self) -> None:
         _check_count(self, "window", 1)
         super().__post_init__()
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return num_tokens <= self.window
 
     def rule(self, context: RuleContext) -> Rule:
         return Band(1 - self.window, self.window - 1)
@@ -274,6 +285,9 @@ class SinkWindow(Layout):
         _check_count(self, "sink", 1)
         _check_count(self, "window", 1)
         super().__post_init__()
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return num_tokens <= self.window
 
     def rule(self, context: RuleContext) -> Rule:
         return Columns(0, self.sink) | Band(1 - self.window, self.window - 1)
@@ -294,6 +308,9 @@ class Longformer(Layout):
         _check_count(self, "window", 2)
         _check_count(self, "global_tokens", 0)
         super().__post_init__()
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return num_tokens <= self.window // 2 + 1
 
     def rule(self, context: RuleContext) -> Rule:
         half = self.window // 2
@@ -644,6 +661,9 @@ class Union(_Composite):
 
     kind: ClassVar[str] = "union"
 
+    def keeps_all(self, num_tokens: int) -> bool:
+        return any(layout.keeps_all(num_tokens) for layout in self.layouts)
+
     def rule(self, context: RuleContext) -> Rule:
         return reduce(Rule.__or__, (layout.rule(context) for layout in self.layouts))
 
@@ -653,6 +673,9 @@ class Intersection(_Composite):
     """Kept where all of `layouts` keep."""
 
     kind: ClassVar[str] = "intersection"
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return all(layout.keeps_all(num_tokens) for layout in self.layouts)
 
     def rule(self, context: RuleContext) -> Rule:
         return reduce(Rule.__and__, (layout.rule(context) for layout in self.layouts))
@@ -666,6 +689,9 @@ class PerHead(_Composite):
     """One layout per query head, in order."""
 
     kind: ClassVar[str] = "per_head"
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return all(layout.keeps_all(num_tokens) for layout in self.layouts)
 
     @property
     def fixed_heads(self) -> int | None:

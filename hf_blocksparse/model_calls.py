@@ -47,19 +47,28 @@ _OURS_ALONE = frozenset(
 )
 
 
-def computes_own(state: LayerAttention, kwargs: Mapping[str, Any]) -> bool:
+def computes_own(
+    state: LayerAttention, kwargs: Mapping[str, Any], num_tokens: int | None = None
+) -> bool:
     """Whether a layer computes by its model's own attention.
 
-    It does without a layout; and with a `Dense` one where `impl="auto"` may choose and the model's own is a fast one, as there is
-    nothing to leave out and a short attention takes less time to compute than to start; and with a `Dense` one and relative position
-    biases, which block-sparse attention has not.
+    It does without a layout; and with one that keeps all of `num_tokens` tokens where `impl="auto"` may choose and the model's own is a
+    fast one, as there is nothing to leave out and a short attention takes less time to compute than to start; and with a `Dense` one
+    and relative position biases, which block-sparse attention has not.
+
+    Args:
+        num_tokens: queries or keys of the call, whichever are more; None where only a `Dense` layout counts as one that keeps all, as in
+            a graph, which would be compiled for some lengths alone.
     """
-    if state.layout is None:
+    layout = state.layout
+    if layout is None:
         return True
-    if not isinstance(state.layout, Dense) or state.impl != "auto" or state.interface is None:
+    if state.impl != "auto" or state.interface is None:
+        return False
+    if not isinstance(layout, Dense) and (num_tokens is None or not layout.keeps_all(num_tokens)):
         return False
     if kwargs.get("position_bias") is not None:
-        return True
+        return isinstance(layout, Dense)
     if state.dense_implementation == "eager":
         return False
     for name, value in kwargs.items():

@@ -132,7 +132,10 @@ def block_sparse_attention_forward(
             f"{state.path} has no layout and reads keys from a SparseCache layer, which frees them by another's; "
             "use transformers' DynamicCache."
         )
-    if kept is None and heads is None and computes_own(state, kwargs):
+    # For packed documents the model's own attention takes a mask per coefficient, and ours none.
+    is_packed = isinstance(attention_mask, SequenceMask) and attention_mask.is_packed
+    num_tokens = None if is_packed else max(query.shape[2], key.shape[2])
+    if kept is None and heads is None and computes_own(state, kwargs, num_tokens):
         if layout is not None:
             _refuse_context_parallel(state)
         if layout is None or "position_bias" in kwargs or not weights_are_collected():

@@ -42,7 +42,7 @@ from hf_blocksparse.run_record import (
 )
 
 BASE = "sdpa"
-# No `Dense()`: that is handed over to the model's own attention. A window longer than the text keeps all of it.
+# A layout that keeps all is handed over to the model's own attention, unless an implementation is named.
 LAYOUTS: dict[str, Layout] = {
     "dense": Dense(),
     "dense_kernels": SlidingWindow(LONGEST_TOKENS),
@@ -92,7 +92,8 @@ def build_models(arguments: argparse.Namespace) -> dict[str, LlamaForCausalLM]:
     models = {form: copy.deepcopy(model) for form in arguments.forms}
     for form, one in models.items():
         if form in LAYOUTS:
-            patch_model(one, LAYOUTS[form])
+            kernels = "triton" if arguments.device == "cuda" else "torch"
+            patch_model(one, LAYOUTS[form], impl="auto" if form == "dense" else kernels)
         elif form != BASE:
             one.set_attn_implementation(no_attention.__name__ if form == NONE else form)
         if arguments.gradient_checkpointing:

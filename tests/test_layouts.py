@@ -63,6 +63,31 @@ def make_layouts() -> list:
     ]
 
 
+@pytest.mark.parametrize(
+    ("layout", "most"),
+    [
+        (SlidingWindow(30), 30),
+        (SinkWindow(4, 30), 30),
+        (Longformer(30, 3), 16),
+        (SlidingWindow(30) | SinkWindow(4, 50), 50),
+        (SlidingWindow(30) & SinkWindow(4, 50), 30),
+        (PerHead((Dense(), SlidingWindow(30), Longformer(80))), 30),
+        # Where tokens stand decides, or an index would have to be made.
+        (BlockDiagonal(48), 0),
+        (BigBird(64), 0),
+        (TensorLayout.from_tensor(torch.ones(4, 4), 64), 0),
+    ],
+    ids=repr,
+)
+def test_what_keeps_all_of_so_many_tokens_says_so(layout, most):
+    assert [layout.keeps_all(n) for n in (1, most, most + 1)] == [most > 0, most > 0, False]
+    if most:
+        mask = layout.to_mask(200, num_heads=layout.fixed_heads or 1)
+        assert mask[:, 100 : 100 + most, 100 : 100 + most].all()
+        assert not mask[:, 100 : 101 + most, 100 : 101 + most].all()
+    assert Dense().keeps_all(10**9)
+
+
 @pytest.mark.parametrize("layout", DEFINITIONS, ids=repr)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_mask_is_the_definition(layout, is_causal):

@@ -883,15 +883,55 @@ def test_a_dense_layout_generates_by_the_models_own_attention(static, without_ou
     [
         ("llama", "sdpa", Dense(), "torch"),
         ("llama", "eager", Dense(), "auto"),
-        ("llama", "sdpa", SlidingWindow(64), "auto"),
+        ("llama", "sdpa", SlidingWindow(11), "auto"),
+        ("llama", "sdpa", PerHead((Dense(), Dense(), SlidingWindow(12), Longformer(20))), "auto"),
+        ("llama", "sdpa", SlidingWindow(64), "torch"),
         ("gpt_oss", "eager", Dense(), "auto"),
     ],
-    ids=["named", "own is eager", "sparse", "sinks"],
+    ids=["named", "own is eager", "sparse", "sparse in one head", "all kept, named", "sinks"],
 )
 def test_other_layers_compute_by_ours(family, implementation, layout, impl, without_ours):
     model = patch_model(make_model(family, implementation), layout, impl=impl)
     with pytest.raises(AssertionError, match="block-sparse attention was called"):
         model(**make_batch(12))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SlidingWindow(40),
+        SinkWindow(2, 40) & Longformer(78),
+        PerHead((Dense(), SinkWindow(1, 40), BigBird(16) | SlidingWindow(64), Longformer(78, 0))),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("way", ["whole", "padded"])
+def test_a_layout_that_keeps_all_of_a_call_is_the_models_own_attention(layout, way, without_ours):
+    model = make_model("llama", "sdpa")
+    batch = WAYS_TO_RUN[way](make_batch(40, padded=way == "padded"))
+    expected = model(**batch).logits
+    patch_model(model, layout)
+    assert torch.equal(model(**batch).logits, expected)
+    with pytest.raises(AssertionError, match="block-sparse attention was called"):
+        model(**make_batch(41, padded=False))
+
+
+def test_packed_documents_stay_with_ours_where_a_layout_keeps_all(without_ours):
+    batch = WAYS_TO_RUN["packed"](make_batch(40, padded=False))
+    model = patch_model(make_model("llama", "sdpa"), SlidingWindow(64))
+    with pytest.raises(AssertionError, match="block-sparse attention was called"):
+        model(**batch)
+
+
+def test_generation_goes_past_what_a_layout_keeps_whole():
+    """The first steps compute by the model's own attention, the later ones by ours."""
+    layout, tokens = SinkWindow(2, 12), make_batch(9, padded=False)["input_ids"]
+    model = make_model("llama", "sdpa")
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True)
+    made = patch_model(model, layout).generate(tokens, return_dict_in_generate=True, **options)
+    with eager_attention_within(layout, is_causal=True):
+        expected = make_model("llama", "eager")(made.sequences[:, :-1]).logits[:, 8:]
+    torch.testing.assert_close(torch.stack(made.logits, 1), expected, **LOGITS)
 
 
 def test_a_dense_layout_honours_what_sdpa_does_not():
