@@ -26,10 +26,10 @@ from hf_blocksparse.ops.triton.tiles import (
     edge_entry,
     heads_of_rows,
     load_bits,
+    load_both,
     load_list,
     load_row_bits,
     load_row_values,
-    load_rows,
     load_rows_at,
     load_rows_between,
     load_rows_where,
@@ -182,26 +182,10 @@ def grad_query_kernel(
         for entry in tl.range(full_first, full_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
-            key_tile = load_rows(
-                key,
-                key_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            value_tile = load_rows(
-                value,
-                value_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
-            )
+            key_tile, value_tile = load_both(
+                key, key_descriptor, value, value_descriptor, batch, kv_head, first_key_row,
+                TILE_KV, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator = accumulate_grad_query(
                 accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
@@ -215,26 +199,10 @@ def grad_query_kernel(
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
             kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-            key_tile = load_rows(
-                key,
-                key_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            value_tile = load_rows(
-                value,
-                value_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
-            )
+            key_tile, value_tile = load_both(
+                key, key_descriptor, value, value_descriptor, batch, kv_head, first_key_row,
+                TILE_KV, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator = accumulate_grad_query(
                 accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
@@ -462,26 +430,10 @@ def grad_key_value_kernel(
             for entry in tl.range(first, last):
                 first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
                 query_rows = first_query_row + tl.arange(0, TILE_Q)
-                query_tile = load_rows(
-                    query,
-                    query_descriptor,
-                    batch,
-                    head,
-                    first_query_row,
-                    TILE_Q,
-                    HEAD_DIM,
-                    HEAD_DIM_PADDED,
-                )
-                grad_out_tile = load_rows(
-                    grad_out,
-                    grad_out_descriptor,
-                    batch,
-                    head,
-                    first_query_row,
-                    TILE_Q,
-                    VALUE_DIM,
-                    VALUE_DIM_PADDED,
-                )
+                query_tile, grad_out_tile = load_both(
+                    query, query_descriptor, grad_out, grad_out_descriptor, batch, head, first_query_row,
+                    TILE_Q, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                )  # fmt: skip
                 log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
                 delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
                 key_sum, value_sum = accumulate_grad_key_value(
@@ -503,26 +455,10 @@ def grad_key_value_kernel(
                 first_query_row = tl.load(lists.indices + entry) * TILE_Q + q_shift
                 query_rows = first_query_row + tl.arange(0, TILE_Q)
                 kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, True)
-                query_tile = load_rows(
-                    query,
-                    query_descriptor,
-                    batch,
-                    head,
-                    first_query_row,
-                    TILE_Q,
-                    HEAD_DIM,
-                    HEAD_DIM_PADDED,
-                )
-                grad_out_tile = load_rows(
-                    grad_out,
-                    grad_out_descriptor,
-                    batch,
-                    head,
-                    first_query_row,
-                    TILE_Q,
-                    VALUE_DIM,
-                    VALUE_DIM_PADDED,
-                )
+                query_tile, grad_out_tile = load_both(
+                    query, query_descriptor, grad_out, grad_out_descriptor, batch, head, first_query_row,
+                    TILE_Q, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                )  # fmt: skip
                 log2_sum = load_row_values(log2_sums, batch, head, first_query_row, TILE_Q)
                 delta = load_row_values(deltas, batch, head, first_query_row, TILE_Q)
                 key_sum, value_sum = accumulate_grad_key_value(

@@ -20,9 +20,9 @@ from hf_blocksparse.ops.triton.tiles import (
     edge_entry,
     heads_of_rows,
     load_bits,
+    load_both,
     load_list,
     load_row_bits,
-    load_rows,
     load_rows_at,
     load_rows_between,
     load_rows_where,
@@ -165,26 +165,10 @@ def forward_kernel(
         for entry in tl.range(full_first, full_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
-            key_tile = load_rows(
-                key,
-                key_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            value_tile = load_rows(
-                value,
-                value_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
-            )
+            key_tile, value_tile = load_both(
+                key, key_descriptor, value, value_descriptor, batch, kv_head, first_key_row,
+                TILE_KV, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator, running_max, running_sum = accumulate_keys(
                 accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
@@ -198,26 +182,10 @@ def forward_kernel(
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
             kept = load_bits(lists.bank, tl.load(lists.mask_ids + entry), TILE_Q, TILE_KV, False)
-            key_tile = load_rows(
-                key,
-                key_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            value_tile = load_rows(
-                value,
-                value_descriptor,
-                batch,
-                kv_head,
-                first_key_row,
-                TILE_KV,
-                VALUE_DIM,
-                VALUE_DIM_PADDED,
-            )
+            key_tile, value_tile = load_both(
+                key, key_descriptor, value, value_descriptor, batch, kv_head, first_key_row,
+                TILE_KV, HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator, running_max, running_sum = accumulate_keys(
                 accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,

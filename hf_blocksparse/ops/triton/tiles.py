@@ -207,6 +207,20 @@ def load_rows(
 
 
 @triton.jit
+def load_both(
+    first, first_descriptor, second, second_descriptor, batch, head, first_row,
+    TILE: tl.constexpr,
+    FIRST_DIM: tl.constexpr, FIRST_DIM_PADDED: tl.constexpr,
+    SECOND_DIM: tl.constexpr, SECOND_DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """`load_rows` of two tensors: keys and values, or queries and what the gradient of their output is."""
+    return (
+        load_rows(first, first_descriptor, batch, head, first_row, TILE, FIRST_DIM, FIRST_DIM_PADDED),
+        load_rows(second, second_descriptor, batch, head, first_row, TILE, SECOND_DIM, SECOND_DIM_PADDED),
+    )  # fmt: skip
+
+
+@triton.jit
 def load_row_values(tensor, batch, head, first_row, TILE: tl.constexpr):
     """[TILE] values of a tensor [batch, heads, rows], all of whose rows exist."""
     return tl.load(row_pointers(tensor, batch, head) + first_row + tl.arange(0, TILE))
