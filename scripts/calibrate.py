@@ -25,6 +25,7 @@ import torch
 from attention_cost import autocast
 from corpus import cut_windows
 from evaluate import check_context, find_source, read_text, recorded_arguments
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from pretrained import load_model, load_tokenizer
 from protocol import ModelArguments, Phases, TextArguments, model_facts
@@ -75,7 +76,9 @@ class CalibrateArguments:
     gap_tokens: int | None = field(
         default=None, metadata={"help": "between passage and copy; default: 1/8 of the context"}
     )
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32",
         metadata={"choices": ["float32", "bfloat16"], "help": "computed in; weights stay float32"},
@@ -261,7 +264,9 @@ def copies_of(windows: Tensor, copy_tokens: int, gap_tokens: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (ModelArguments, TextArguments, CalibrateArguments), description=__doc__
+        (ModelArguments, TextArguments, CalibrateArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     model_arguments, text, arguments = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv)

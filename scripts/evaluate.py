@@ -26,6 +26,7 @@ from attention_cost import FORWARD_AND_BACKWARD
 from corpus import Windows, cut_windows, load_corpus
 from evaluation_card import cost_table, quality_table
 from evaluation_results import DENSE, GIVEN, EvaluationResults, LengthCost
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import (
@@ -74,7 +75,9 @@ class EvaluateArguments:
         metadata={"help": f"each {LAYOUT_HELP}; default: the model's own"},
     )
     name: str | None = field(default=None, metadata={"help": "of the result; default: the model's"})
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32",
         metadata={"choices": ["float32", "bfloat16"], "help": "computed in; weights stay float32"},
@@ -226,7 +229,9 @@ def show(record: Path, results: EvaluationResults, *, figures: bool) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (ModelArguments, TextArguments, ProtocolArguments, EvaluateArguments), description=__doc__
+        (ModelArguments, TextArguments, ProtocolArguments, EvaluateArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     model_arguments, text, protocol, arguments = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv)

@@ -60,6 +60,7 @@ from evaluation_results import (
     TrainingRun,
 )
 from evaluation_results import LAYOUT as LAYOUT_ROLE
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from pretrained import load_model, load_tokenizer
 from protocol import (
@@ -202,6 +203,7 @@ def parse_arguments(
     parser = HfArgumentParser(
         (ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments),
         description=__doc__,
+        formatter_class=HelpFormatter,
     )
     return parser.parse_args_into_dataclasses(argv)
 

@@ -44,6 +44,7 @@ from evaluate import (
 )
 from evaluation_results import TrainingRun
 from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, training_run
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from masked_head import HeadTraining, train_head
 from pretrained import ModelSource, find_model, load_tokenizer, with_extension_note, write_source
@@ -344,7 +345,9 @@ def extend(source: ModelSource, trained: Path, folder: Path, limit: int) -> Mode
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (TextArguments, EncoderArguments, TrainerArguments), description=__doc__
+        (TextArguments, EncoderArguments, TrainerArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     text, arguments, training = parser.parse_args_into_dataclasses(
         sys.argv[1:] if argv is None else list(argv)

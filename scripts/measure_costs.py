@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from evaluate import check_costs, show
 from evaluation_results import EvaluationResults, LengthCost
+from help_text import HelpFormatter
 from pretrained import find_model
 from protocol import CostArguments, measure_costs
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
@@ -39,7 +40,9 @@ class MeasureArguments:
 
     record: str = field(metadata={"help": "record of evaluate.py or finetune.py"})
     model: str = field(metadata={"help": "as given to the script that made the record"})
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32", metadata={"choices": ["float32", "bfloat16"], "help": "computed in"}
     )
@@ -82,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--record")
-    parser = HfArgumentParser((MeasureArguments, CostArguments), description=__doc__)
+    parser = HfArgumentParser(
+        (MeasureArguments, CostArguments), description=__doc__, formatter_class=HelpFormatter
+    )
     arguments, costs = parser.parse_args_into_dataclasses(words)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     path = Path(arguments.record)

@@ -158,7 +158,9 @@ class ProtocolArguments(CostArguments):
     )
     bucket_tokens: int | None = field(
         default=None,
-        metadata={"help": "the text before is scored, too, in buckets of this size; default: 1/8"},
+        metadata={
+            "help": "the text before is scored, too, in buckets of this size; default: 1/8 of the context"
+        },
     )
     cut_tokens: list[int] | None = field(
         default=None,
@@ -169,11 +171,13 @@ class ProtocolArguments(CostArguments):
     probe_passages: int | None = field(
         default=None, metadata={"help": "of the repeat probe, from held-out windows; default: all"}
     )
-    probe_passage_tokens: int | None = field(default=None, metadata={"help": "default: 1/8"})
+    probe_passage_tokens: int | None = field(
+        default=None, metadata={"help": "of a passage; default: 1024, 1/8 of the context at most"}
+    )
     probe_gap_tokens: list[int] | None = field(
         default=None,
         metadata={
-            "help": "text between passage and copy; default: 1/16, 1/4 and 3/4 of the context"
+            "help": "text between passage and copy; default: 1/16 and 1/4 of the context, and all that fits"
         },
     )
     needle_trials: int | None = field(
@@ -181,7 +185,9 @@ class ProtocolArguments(CostArguments):
     )
     needle_distances: list[int] | None = field(
         default=None,
-        metadata={"help": "between passkey and question; default: 0, 1/16, 1/4, 1/2 and 3/4"},
+        metadata={
+            "help": "tokens between passkey and question; default: 0, 1/16, 1/4, 1/2 and 3/4 of the context"
+        },
     )
 
     def resolve(self, context_tokens: int) -> None:

@@ -38,11 +38,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import attention_cost  # noqa: E402
+import calibrate  # noqa: E402
 import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_card  # noqa: E402
 import evaluation_figures  # noqa: E402
 import finetune  # noqa: E402
+import finetune_encoder  # noqa: E402
 import layout_argument  # noqa: E402
 import measure_costs  # noqa: E402
 import plot  # noqa: E402
@@ -1199,6 +1201,17 @@ def test_bad_input_is_refused_before_anything_is_written(inputs, tmp_path, chang
     with pytest.raises(ValueError, match=message):
         finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}", *changes])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [calibrate, evaluate, finetune, finetune_encoder, measure_costs])
+def test_help_shows_commands_as_they_are_typed(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert f"\n    python scripts/{Path(script.__file__).name} " in text
+    assert "(default: cpu)" in text or "(default: 42)" in text
+    assert "(default: None)" not in text
 
 
 def test_a_disk_without_room_is_refused(inputs, tmp_path, monkeypatch):
