@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from evaluate import check_costs, show
+from evaluate import check_costs, find_device, show
 from evaluation_results import EvaluationResults, LengthCost
 from help_text import HelpFormatter
 from pretrained import find_model
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (MeasureArguments, CostArguments), description=__doc__, formatter_class=HelpFormatter
     )
     arguments, costs = parser.parse_args_into_dataclasses(words)
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = find_device(arguments.device), getattr(torch, arguments.dtype)
     path = Path(arguments.record)
     record = read_record(path)
     results = from_plain(EvaluationResults, record.results)

