@@ -22,6 +22,7 @@ weights; so does one that was stopped while it measured.
 import copy
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -403,6 +404,8 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += self._now() - self.start
         self.steps += 1
+        # Whatever is logged between, the last step is: the record counts the steps by it.
+        control.should_log |= state.global_step >= state.max_steps
 
     def take(self) -> tuple[float, int]:
         taken = self.seconds, self.steps
@@ -426,6 +429,7 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, *args: Any, tokens_per_step: int, **options: Any):
         super().__init__(*args, **options)
+        self.args.logging_nan_inf_filter = False  # it would show another loss instead
         self.tokens_per_step = tokens_per_step
         self.clock = StepClock(self.args.device)
         self.add_callback(self.clock)
@@ -435,6 +439,11 @@ class FinetuneTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"loss got {logs['loss']} at step {self.state.global_step}; no training comes back from there; lower --learning_rate "
+                    "or --max_grad_norm, lengthen --warmup_steps, and see whether the weights themselves are numbers."
+                )
             seconds, steps = self.clock.take()
             logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
             logs["peak_memory_bytes"] = peak_memory(self.args.device)[0]

@@ -1273,6 +1273,22 @@ def test_devices_and_threads_that_are_not_there_are_refused(model_folder, text_f
         evaluate.main([*words, "--threads=0"])
 
 
+@pytest.mark.parametrize("words", [["--logging_steps=3"], ["--logging_strategy=no"]])
+def test_every_step_is_on_record_whatever_is_logged(inputs, tmp_path, words):
+    finetune.main([*inputs, *UNMEASURED, f"--output_dir={tmp_path / 'run'}", *words])
+    run = json.loads((tmp_path / "run" / "layout" / "training.json").read_text())
+    assert run["logged_steps"][-1] == 4
+    assert len(run["losses_nats"]) == len(run["logged_steps"])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path):
+    """The Trainer would log another loss in its place, and go on."""
+    lost = ["--learning_rate=1e9", "--max_grad_norm=0"]
+    with pytest.raises(ValueError, match="loss got nan at step 3; .* lower --learning_rate"):
+        finetune.main([*inputs, *UNMEASURED, f"--output_dir={tmp_path / 'run'}", *lost])
+    assert not (tmp_path / "run" / "layout" / "model").exists()
+
+
 def test_a_disk_without_room_is_refused(inputs, tmp_path, monkeypatch):
     full = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: full)
