@@ -7,7 +7,7 @@
     accelerate launch --config_file scripts/accelerate/zero3.yaml scripts/finetune.py RECIPE ... \\
         --sequence_parallel_size 2                                # one sequence on two GPUs
 
-Trains with the Trainer of transformers, whose arguments are all taken, then measures by the protocol of
+Trains with the Trainer of transformers, whose arguments are taken, too, then measures by the protocol of
 protocol.py: the pretrained and the trained weights, with dense attention, with the layout, with a plain
 sliding window of the same budget and with dense attention cut to short contexts, on the same held-out
 tokens; repeat probe, needle recall; time and memory beside dense attention. `--compare dense window`
@@ -44,6 +44,8 @@ from evaluate import (
     check_context,
     check_costs,
     check_folder,
+    check_is_causal,
+    check_name,
     find_source,
     own_layout,
     publish,
@@ -87,6 +89,7 @@ from transformers import (
     default_data_collator,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
 
 from hf_blocksparse import Layout, norm_and_embedding_options
@@ -95,6 +98,7 @@ from hf_blocksparse.run_record import describe_environment, from_plain, to_plain
 
 # What is trained, and the folder of each in the output.
 LAYOUT, WINDOW = "layout", "window"
+DEFAULT_LAYOUT = "sink_window:sink=64,window=960"
 MANIFEST, FINISHED = "run.json", "training.json"
 GIB = 2**30
 
@@ -112,6 +116,9 @@ DECISIVE = (
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "neftune_noise_alpha",
     "bf16",
     "seed",
     "use_liger_kernel",
@@ -122,9 +129,9 @@ DECISIVE = (
 class FinetuneArguments:
     """What is trained, how its text is laid out, and what becomes of it."""
 
-    layout: str = field(
-        default="sink_window:sink=64,window=960",
-        metadata={"help": LAYOUT_HELP},
+    layout: str | None = field(
+        default=None,
+        metadata={"help": f"{LAYOUT_HELP}; default: the model's own, or {DEFAULT_LAYOUT}"},
     )
     compare: list[str] = field(
         default_factory=list,
@@ -189,13 +196,28 @@ class TrainerArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
+def read_object(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file that the argument `name` led to."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} got {path}, which cannot be read ({error}); it must be a file with a JSON object; correct or mend it."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{name} got {path}, which holds a {type(found).__name__}; it must hold a JSON object, of names and values; correct or mend it."
+        )
+    return found
+
+
 def parse_arguments(
     argv: Sequence[str],
 ) -> tuple[ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments]:
     """From the command line; a first argument that ends in .json names a file of arguments."""
     argv = list(argv)
     if argv and argv[0].endswith(".json"):
-        recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        recipe = read_object("recipe", Path(argv[0]))
         words: list[str] = []
         for name, value in recipe.items():
             words.append(f"--{name}")
@@ -209,6 +231,41 @@ def parse_arguments(
     return parser.parse_args_into_dataclasses(argv)
 
 
+def check_training(training: TrainerArguments) -> None:
+    """Refuse what the Trainer would take, or find out about when it has begun."""
+    counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for key in counts:
+        if getattr(training, key) < 1:
+            raise ValueError(
+                f"{key} got {getattr(training, key)}; it must be at least 1; raise it."
+            )
+    ranges: dict[str, tuple[bool, str]] = {
+        "learning_rate": (0 < training.learning_rate < math.inf, "a number above 0"),
+        "weight_decay": (0 <= training.weight_decay < math.inf, "0 or more"),
+        "max_grad_norm": (0 <= training.max_grad_norm, "0, which clips nothing, or more"),
+        "adam_beta1": (0 <= training.adam_beta1 < 1, "from 0 to below 1"),
+        "adam_beta2": (0 <= training.adam_beta2 < 1, "from 0 to below 1"),
+        "adam_epsilon": (0 < training.adam_epsilon < math.inf, "above 0"),
+        "seed": (0 <= training.seed < 2**32, "from 0 to below 2 ** 32"),
+    }
+    for key, (fits, rule) in ranges.items():
+        if not fits:
+            raise ValueError(f"{key} got {getattr(training, key)}; it must be {rule}; change it.")
+    unfit = {
+        "auto_find_batch_size": "the windows of a step are counted, and cut, beforehand",
+        "label_smoothing_factor": "losses are those of the text, before and after",
+        "load_best_model_at_end": "nothing is measured while it trains, so no step is known to be best",
+        "fp16": "results are measured in float32 or bfloat16",
+    }
+    for key, reason in unfit.items():
+        if getattr(training, key):
+            raise ValueError(f"{key} got {getattr(training, key)}; {reason}; leave it out.")
+    if training.save_strategy == "best":
+        raise ValueError(
+            "save_strategy got best; nothing is measured while it trains, so no step is known to be best; give steps."
+        )
+
+
 def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) -> None:
     """What can be told before anything is loaded."""
     if training.output_dir is None:
@@ -220,6 +277,7 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"max_steps got {training.max_steps}; every row is trained for that many steps, so it must be "
             "1 or more; give --max_steps."
         )
+    check_training(training)
     if training.resume_from_checkpoint:
         raise ValueError(
             f"resume_from_checkpoint got {training.resume_from_checkpoint!r}; a run has checkpoints of "
@@ -235,10 +293,21 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"use_liger_kernel got True with loss_chunk_tokens {arguments.loss_chunk_tokens}; only one of "
             "them can compute the loss; give --loss_chunk_tokens 0."
         )
-    if arguments.lora_norms_and_embeddings and not arguments.lora_rank:
+    if arguments.loss_chunk_tokens < 0 or arguments.lora_rank < 0:
         raise ValueError(
-            "lora_norms_and_embeddings got True without LoRA, where all weights are trained; it needs a "
-            "rank; give --lora_rank or leave it out."
+            f"loss_chunk_tokens and lora_rank got {arguments.loss_chunk_tokens} and {arguments.lora_rank}; both must be 0, which does "
+            "without, or more; raise them."
+        )
+    plain = FinetuneArguments()
+    for key in ("lora_norms_and_embeddings", "lora_alpha", "lora_dropout", "lora_targets"):
+        if getattr(arguments, key) != getattr(plain, key) and not arguments.lora_rank:
+            raise ValueError(
+                f"{key} got {getattr(arguments, key)} without LoRA, where all weights are trained; it needs a "
+                "rank; give --lora_rank or leave it out."
+            )
+    if not 0 <= arguments.lora_dropout < 1:
+        raise ValueError(
+            f"lora_dropout got {arguments.lora_dropout}; it must be from 0 to below 1; change it."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and training.device.type == "cpu":
         raise ValueError(
@@ -324,7 +393,18 @@ def check_space(
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse to go on with a run that was made otherwise."""
-    before = json.loads(path.read_text(encoding="utf-8"))
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        inner = {key: values.get(key) for key in ("lora", "trainer")}
+        named = {
+            name: value
+            for part in inner.values()
+            if isinstance(part, dict)
+            for name, value in part.items()
+        }
+        return {key: value for key, value in values.items() if key not in inner} | named
+
+    before, manifest = flat(read_object("resume", path)), flat(manifest)
     changed = [
         f"{key} {manifest.get(key)!r} (there: {before.get(key)!r})"
         for key in sorted(before.keys() | manifest.keys())
@@ -352,6 +432,18 @@ def check_documents_are_separate(model: PreTrainedModel) -> None:
             f"packing got 'separate' for a {type(model).__name__}, in which a token reads other documents of its window, too: it does not "
             "tell its attention where positions begin anew, or has layers that carry on; use 'one-document' or 'joined', or another model."
         )
+
+
+def check_is_sparse(
+    attentions: dict[str, tuple[AttentionFacts, Layout | None]], context_tokens: int
+) -> None:
+    """Refuse a layout that drops nothing at the context."""
+    for name, (facts, _) in attentions.items():
+        if facts.role == LAYOUT_ROLE and facts.density == 1:
+            raise ValueError(
+                f"layout got {name}, which keeps all there is within {context_tokens} tokens; there is nothing to gain or to compare; give "
+                "a narrower one, or a longer context."
+            )
 
 
 class WindowDataset(Dataset):
@@ -473,7 +565,18 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
         task_type="CAUSAL_LM",
         **also,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        raise ValueError(
+            f"lora_targets got {arguments.lora_targets} for a {type(model).__name__} ({error}); they must name linear modules; it has "
+            f"{sorted(linear)}, or give all-linear."
+        ) from error
 
 
 def merge_adapter(path: str, layout: Layout | None, adapter: Path, folder: Path) -> None:
@@ -533,8 +636,6 @@ def train_one(
     base = load_model(path, torch.device("cpu"))
     use_cache = base.config.use_cache
     set_attention(base, layout)
-    if windows.positions is not None:
-        check_documents_are_separate(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     if arguments.loss_chunk_tokens:
         use_chunked_loss(base, arguments.loss_chunk_tokens)
@@ -648,13 +749,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, is_first = training.device, training.process_index == 0
     if arguments.measure:
         check_costs(protocol, device)
-    layout = read_layout(arguments.layout)
+    layout = None if arguments.layout is None else read_layout(arguments.layout)
     training.train_sampling_strategy = "sequential"
     training.remove_unused_columns = False
     if training.gradient_checkpointing_kwargs is None:
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     output = Path(training.output_dir)
-    name = arguments.name or output.resolve().name
+    name = check_name(arguments.name or output.resolve().name)
     windows_per_step = (
         training.per_device_train_batch_size
         * training.gradient_accumulation_steps
@@ -666,13 +767,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         with phases("load the model"):
             source = find_source(model_arguments, Path(temporary))
             tokenizer = load_tokenizer(source.path)
-            model = load_model(source.path, torch.device("cpu"))
+            model = load_model(source.path, torch.device("cpu"), attn_implementation=None)
+            layout = layout or own_layout(model) or read_layout(DEFAULT_LAYOUT)
             set_attention(model, None)
             facts = model_facts(model, source)
             check_context(text.context_tokens, facts)
+            check_is_causal(model)
+            if arguments.measure:
+                protocol.check_model(model, tokenizer, text.context_tokens)
             attentions = attentions_side_by_side([layout], facts, text.context_tokens)
-            for _, each in attentions.values():
+            roles = {LAYOUT_ROLE} | {
+                {WINDOW: SAME_BUDGET}.get(row, row) for row in arguments.compare
+            }
+            for compared, each in attentions.values():
                 set_attention(model, each)
+                if arguments.packing == SEPARATE and compared.role in roles:
+                    check_documents_are_separate(model)
+            check_is_sparse(attentions, text.context_tokens)
             if arguments.loss_chunk_tokens:
                 use_chunked_loss(model, arguments.loss_chunk_tokens)
             trained_share = 1.0

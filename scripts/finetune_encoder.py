@@ -37,13 +37,14 @@ from encoder_results import (
 from evaluate import (
     REPOSITORY,
     check_folder,
+    check_name,
     own_layout,
     read_text,
     recorded_arguments,
     text_facts,
 )
 from evaluation_results import TrainingRun
-from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, training_run
+from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, check_training, training_run
 from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from masked_head import HeadTraining, train_head
@@ -134,6 +135,7 @@ def check_arguments(
         raise ValueError(
             f"hidden_share got {arguments.hidden_share}; it must lie between 0 and 1; 0.15 is usual."
         )
+    check_training(training)
     counts = {
         "windows": arguments.windows,
         "head_steps": arguments.head_steps,
@@ -358,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.save_strategy = "no"
     device, output = training.device, Path(training.output_dir)
     dtype = torch.bfloat16 if training.bf16 else torch.float32
-    name = arguments.name or output.resolve().name
+    name = check_name(arguments.name or output.resolve().name)
     environment = describe_environment(device)
     phases = Phases()
     with phases("load the model"):

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from re import fullmatch
 
 import torch
 from evaluation_results import DENSE
@@ -85,6 +86,14 @@ def find_model(
             known, base_model=base_model or known.base_model, licence=licence or known.licence
         )
     is_local = Path(name).exists()
+    if not (is_local or name == PIP_MODEL or fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise ValueError(
+            f"model got {name!r}, which is no file or folder here, and no hub id; it must be one of these, or {PIP_MODEL}; correct it."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model got {name!r}, a folder without config.json; it must hold a model in transformers' format; point to where that file is."
+        )
     path, notes = name, ()
     if name == PIP_MODEL:
         base_model, licence = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"

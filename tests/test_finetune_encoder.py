@@ -183,6 +183,8 @@ def test_rows_of_chunks_and_of_windows_hold_the_same():
         ({"hidden_share": 0}, "hidden_share got 0.0"),
         ({"head_steps": 0}, "head_steps got 0"),
         ({"context_tokens": 100}, "context_tokens got 100 with chunks of 64"),
+        ({"learning_rate": -1}, "learning_rate got -1.0"),
+        ({"name": "a/b"}, "name got 'a/b'"),
         ({"windows": 9}, "windows got 9, but of the 12 documents"),
         ({"layout": '{"kind":"per_layer"}'}, "per_layer"),
     ],
