@@ -39,7 +39,7 @@ from pretrained import PIP_MODEL
 from sparsify_results import LayoutFacts, ModelFacts
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_blocksparse import (
     Dense,
@@ -378,6 +378,20 @@ def attentions_side_by_side(
     return found
 
 
+def window_notes(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a reader of densities must know of a model whose layers have windows of their own."""
+    kinds = getattr(config, "layer_types", None)
+    count = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds or ())
+    if kinds is None and getattr(config, "sliding_window", None) is not None:
+        count = config.num_hidden_layers
+    if not count:
+        return ()
+    return (
+        f"{count} of {config.num_hidden_layers} layers have a window or chunks of their own, and every row stays within these: densities "
+        "are those of the layouts alone, and dense means as the model is.",
+    )
+
+
 def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -385,7 +399,7 @@ def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
         name=source.name,
         base_model=source.base_model,
         licence=source.licence,
-        notes=source.notes,
+        notes=(*source.notes, *window_notes(config)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=config.num_hidden_layers,
         query_heads=heads,

@@ -26,6 +26,9 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -1422,6 +1425,17 @@ def test_the_space_asked_for_suffices(tuned, monkeypatch):
     with pytest.raises(ValueError):
         refuse(written)
     refuse(8 * written)
+
+
+def test_a_card_tells_of_windows_that_a_model_has_itself():
+    """A layout stays within them, so its density is not all that is left out."""
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    assert protocol.window_notes(LlamaConfig(**sizes)) == ()
+    (note,) = protocol.window_notes(MistralConfig(**sizes, sliding_window=8))
+    assert note.startswith("3 of 3 layers have a window")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    (note,) = protocol.window_notes(Gemma2Config(**sizes, layer_types=kinds))
+    assert note.startswith("2 of 3 layers have a window")
 
 
 def test_missing_peft_is_named(inputs, tmp_path, monkeypatch):
