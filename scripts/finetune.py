@@ -369,18 +369,17 @@ def check_space(
     parameters: int,
     trained: int,
     num_runs: int,
-    checkpoints: int | None,
+    checkpoints: int,
     deepspeed: bool = False,
 ) -> None:
     """Refuse a disk without room for the models and for the checkpoints of the run in progress.
 
     Weights are float32; a checkpoint also holds AdamW's two moments, and DeepSpeed's the weights a second
-    time; one more is written before an old one goes. Runs that are finished keep their checkpoints.
+    time. Runs that are finished keep their `checkpoints`.
     """
-    kept = 1 if checkpoints is None else checkpoints + 1
     weights = parameters if trained == parameters else trained
     checkpoint = 4 * weights + (12 if deepspeed else 8) * trained
-    needed = num_runs * (4 * parameters + kept * checkpoint)
+    needed = num_runs * (4 * parameters + checkpoints * checkpoint)
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -389,6 +388,17 @@ def check_space(
             f"of this run need up to {needed / GIB:.2f} GiB; free some, train fewer rows, or give another "
             "folder."
         )
+
+
+def count_checkpoints(training: TrainerArguments) -> int:
+    """The most that lie on the disk at once: one more is written before an old one goes."""
+    if training.save_strategy == "no":
+        return 0
+    steps = training.save_steps if training.save_strategy == "steps" else training.max_steps
+    steps = max(1, math.ceil(steps * training.max_steps)) if 0 < steps < 1 else steps
+    written = math.ceil(training.max_steps / steps) if steps > 0 else 1
+    limit = training.save_total_limit
+    return written if limit is None or limit < 1 else min(written, limit + 1)
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -843,7 +853,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parameters=facts.num_parameters,
                 trained=int(trained_share * facts.num_parameters),
                 num_runs=len(plan),
-                checkpoints=training.save_total_limit,
+                checkpoints=count_checkpoints(training),
                 deepspeed=training.deepspeed_plugin is not None,
             )
             # Every process has checked that the folder is empty before the first one writes to it.

@@ -1415,7 +1415,7 @@ def test_the_space_asked_for_suffices(tuned, monkeypatch):
             finetune.shutil, "disk_usage", lambda path: type("U", (), {"free": free})
         )
         finetune.check_space(
-            tuned, parameters=parameters, trained=parameters, num_runs=3, checkpoints=1
+            tuned, parameters=parameters, trained=parameters, num_runs=3, checkpoints=2
         )
 
     model = AutoModelForCausalLM.from_pretrained(tuned / "run" / "layout" / "model")
@@ -1425,6 +1425,23 @@ def test_the_space_asked_for_suffices(tuned, monkeypatch):
     with pytest.raises(ValueError):
         refuse(written)
     refuse(8 * written)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--max_steps=10", "--save_steps=3"], 2),
+        (["--max_steps=3", "--save_steps=3"], 1),
+        (["--max_steps=10", "--save_steps=3", "--save_total_limit=3"], 4),
+        (["--max_steps=10", "--save_steps=3", "--save_total_limit=0"], 4),
+        (["--max_steps=10", "--save_steps=0.25", "--save_total_limit=9"], 4),
+        (["--max_steps=10", "--save_strategy=no"], 0),
+        (["--max_steps=10", "--save_strategy=epoch"], 1),
+    ],
+)
+def test_the_space_asked_for_is_that_of_all_checkpoints_kept(tmp_path, words, count):
+    training = finetune.parse_arguments([f"--output_dir={tmp_path / 'run'}", "--use_cpu", *words])
+    assert finetune.count_checkpoints(training[-1]) == count
 
 
 def test_a_card_tells_of_windows_that_a_model_has_itself():
