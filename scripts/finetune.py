@@ -91,6 +91,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_liger_kernel_available
 
 from hf_blocksparse import Layout, norm_and_embedding_options
 from hf_blocksparse.evaluation import peak_memory
@@ -260,6 +261,11 @@ def check_training(training: TrainerArguments) -> None:
     for key, reason in unfit.items():
         if getattr(training, key):
             raise ValueError(f"{key} got {getattr(training, key)}; {reason}; leave it out.")
+    if training.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy got {training.eval_strategy}; measuring comes after training, on all rows "
+            "alike; leave it out."
+        )
     if training.save_strategy == "best":
         raise ValueError(
             "save_strategy got best; nothing is measured while it trains, so no step is known to be best; give steps."
@@ -283,15 +289,14 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"resume_from_checkpoint got {training.resume_from_checkpoint!r}; a run has checkpoints of "
             "each attention it trains, and goes on from its own; give --resume instead."
         )
-    if training.eval_strategy != "no":
-        raise ValueError(
-            f"eval_strategy got {training.eval_strategy}; measuring comes after training, on all rows "
-            "alike; leave it out."
-        )
     if training.use_liger_kernel and arguments.loss_chunk_tokens:
         raise ValueError(
             f"use_liger_kernel got True with loss_chunk_tokens {arguments.loss_chunk_tokens}; only one of "
             "them can compute the loss; give --loss_chunk_tokens 0."
+        )
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel got True, but the package liger-kernel is not installed; it computes the loss; run: pip install liger-kernel"
         )
     if arguments.loss_chunk_tokens < 0 or arguments.lora_rank < 0:
         raise ValueError(

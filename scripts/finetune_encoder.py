@@ -16,6 +16,7 @@ record also whenever another row was measured.
 
 import copy
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -145,6 +146,15 @@ def check_arguments(
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key} got {count}; it must be at least 1; raise it.")
+    if not 0 < arguments.head_learning_rate < math.inf:
+        raise ValueError(
+            f"head_learning_rate got {arguments.head_learning_rate}; it must be a number above 0; change it."
+        )
+    if arguments.short_tokens is not None and arguments.short_tokens < 2:
+        raise ValueError(
+            f"short_tokens got {arguments.short_tokens}; a chunk holds the tokenizer's first token and text, so it must be at "
+            "least 2; raise it."
+        )
     layout = read_layout(arguments.layout)
     if isinstance(layout, PerLayer | PerHead):
         raise ValueError(
@@ -383,6 +393,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             window_tokens=0,
             window_density=0.0,
         )
+        if description.density == 1:
+            raise ValueError(
+                f"layout got {layout_name(layout)}, which keeps all there is within {context} tokens; there is nothing to gain or to "
+                "compare; give a narrower one, or a longer context."
+            )
         vocabulary = model.config.vocab_size
         del model
     batch = training.per_device_train_batch_size

@@ -1455,6 +1455,14 @@ def test_a_card_tells_of_windows_that_a_model_has_itself():
     assert note.startswith("2 of 3 layers have a window")
 
 
+def test_missing_liger_is_named(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "is_liger_kernel_available", lambda: False)
+    words = ["--use_liger_kernel", "--loss_chunk_tokens=0", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="use_liger_kernel got True, but the package liger-kernel"):
+        finetune.main([*inputs, *words])
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_peft_is_named(inputs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="lora_rank got 4, but the package peft is not installed"):
