@@ -44,7 +44,7 @@ from hf_blocksparse import (
     patch_model,
     unpatch_model,
 )
-from hf_blocksparse.run_record import from_plain, read_record
+from hf_blocksparse.run_record import from_plain, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -1453,6 +1453,24 @@ def test_a_card_tells_of_windows_that_a_model_has_itself():
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     (note,) = protocol.window_notes(Gemma2Config(**sizes, layer_types=kinds))
     assert note.startswith("2 of 3 layers have a window")
+
+
+@pytest.mark.parametrize("make", [write_model_card.write_model_card, plot.draw_figures])
+def test_records_that_no_card_belongs_to_are_refused(evaluation, tmp_path, make):
+    """One that lay in the root of the repository would have its README replaced."""
+    stray = tmp_path / "elsewhere" / "evaluate.json"
+    stray.parent.mkdir()
+    stray.write_bytes(evaluation.read_bytes())
+    with pytest.raises(ValueError, match="record got .* in the folder 'elsewhere'; a card is"):
+        make(stray)
+    other = tmp_path / "results" / "heads.record.json"
+    other.parent.mkdir()
+    write_record(replace(read_record(evaluation), script="calibrate.py"), other)
+    with pytest.raises(
+        ValueError, match="record got .*, which calibrate.py wrote; it must be one of"
+    ):
+        make(other)
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [stray.name, other.name]
 
 
 def test_missing_liger_is_named(inputs, tmp_path, monkeypatch):
