@@ -20,7 +20,7 @@ from evaluation_results import EvaluationResults, LengthCost
 from help_text import HelpFormatter
 from pretrained import find_model
 from protocol import CostArguments, measure_costs
-from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
 
 from hf_blocksparse import layout_from_dict
 from hf_blocksparse.evaluation import prepare_fresh_processes
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = find_model(arguments.model, Path(temporary), base_model=None, licence=None)
         config = AutoConfig.from_pretrained(source.path).get_text_config()
         check_model(config, results)
+        with torch.device("meta"):
+            costs.check_model_costs(AutoModelForCausalLM.from_config(config))
         attentions = {
             facts.name: (facts, facts.facts and layout_from_dict(facts.facts.layout))
             for facts in results.attentions

@@ -379,6 +379,10 @@ def test_costs_of_another_machine_or_model_are_refused(
         patch.setattr(measure_costs, "describe_environment", lambda device: elsewhere)
         with pytest.raises(ValueError, match="record got results from device cpu"):
             measure_costs.main([str(evaluation), f"--model={model_folder}"])
+    bloom = tmp_path / "bloom"
+    BloomForCausalLM(SMALL_BLOOM).save_pretrained(bloom)
+    with pytest.raises(ValueError, match=r"cost_attentions got \['sdpa'\] for a BloomForCausalLM"):
+        measure_costs.main([str(evaluation), f"--model={bloom}"])
     other = tmp_path / "other"
     write_model(other, num_hidden_layers=1)
     with pytest.raises(
