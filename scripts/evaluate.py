@@ -63,6 +63,8 @@ from hf_blocksparse.run_record import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Begins the name of a file that other processes may see for a moment.
+PROBE = ".can-be-written-"
 
 
 @dataclass
@@ -125,7 +127,7 @@ def check_folder(name: str, folder: Path) -> None:
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     try:
         # Rights alone do not tell: an administrator has them all, also where nothing can be written.
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=existing, prefix=PROBE):
             pass
     except OSError as error:
         raise ValueError(

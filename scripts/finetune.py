@@ -40,6 +40,7 @@ from accelerate.utils import DeepSpeedSequenceParallelConfig
 from chunked_loss import use_chunked_loss
 from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
 from evaluate import (
+    PROBE,
     REPOSITORY,
     check_context,
     check_costs,
@@ -327,7 +328,8 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"resume got {folder}, which holds no {MANIFEST}; only a run of this script can go on; leave "
             "--resume out to start one."
         )
-    if not arguments.resume and folder.exists() and any(folder.iterdir()):
+    found = [path for path in folder.glob("*") if not path.name.startswith(PROBE)]
+    if not arguments.resume and found:
         raise ValueError(
             f"output_dir got {folder}, which is not empty; a new run needs a folder of its own; give "
             "another, or --resume to go on with the run in it."

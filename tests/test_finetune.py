@@ -1479,6 +1479,17 @@ def test_records_that_no_card_belongs_to_are_refused(evaluation, tmp_path, make)
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == [stray.name, other.name]
 
 
+def test_a_folder_in_use_is_told_from_one_another_process_looks_at(inputs, tmp_path):
+    arguments = [*inputs, *UNMEASURED, "--max_steps=1"]
+    folders = tmp_path / "used", tmp_path / "looked at"
+    for folder, name in zip(folders, (".hidden", f"{evaluate.PROBE}x"), strict=True):
+        folder.mkdir()
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="output_dir got .*used, which is not empty"):
+        finetune.main([*arguments, f"--output_dir={folders[0]}"])
+    finetune.main([*arguments, f"--output_dir={folders[1]}"])
+
+
 def test_missing_liger_is_named(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "is_liger_kernel_available", lambda: False)
     words = ["--use_liger_kernel", "--loss_chunk_tokens=0", f"--output_dir={tmp_path / 'run'}"]
