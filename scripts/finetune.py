@@ -412,14 +412,8 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse to go on with a run that was made otherwise."""
 
     def flat(values: dict[str, Any]) -> dict[str, Any]:
-        inner = {key: values.get(key) for key in ("lora", "trainer")}
-        named = {
-            name: value
-            for part in inner.values()
-            if isinstance(part, dict)
-            for name, value in part.items()
-        }
-        return {key: value for key, value in values.items() if key not in inner} | named
+        groups = {key: values.get(key, {}) for key in ("lora", "trainer")}
+        return {**values, **groups["lora"], **groups["trainer"], **dict.fromkeys(groups)}
 
     before, manifest = flat(read_object("resume", path)), flat(manifest)
     changed = [
