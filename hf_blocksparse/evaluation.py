@@ -343,12 +343,17 @@ def check_head(model: PreTrainedModel, tokens: Tensor) -> None:
             "load it with AutoModelForCausalLM."
         )
     logits = model(input_ids=tokens, use_cache=False).logits.float()
+    if logits.isnan().any():
+        raise ValueError(
+            f"model got {type(model).__name__} with logits that are not numbers; nothing can be measured or trained from them; its weights "
+            "or its dtype are broken: load others."
+        )
     embedded = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state).float()
     if not torch.allclose(logits, embedded, rtol=1e-3, atol=1e-3):
         raise NotImplementedError(
             f"model got {type(model).__name__}, whose logits are not its output embedding of the "
             "last hidden state "
-            "(a softcap or scale follows); the chunked loss would not be the model's; use a model "
+            "(a softcap, a scale or a layer lies between); the chunked loss would not be the model's; use a model "
             "without it."
         )
 
@@ -517,6 +522,41 @@ def repeat_probe(
     )
 
 
+def needle_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_trials: int,
+    context_tokens: int,
+    distances: Sequence[int],
+    seed: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What `needle_recall` puts into its prompts: int64 tokens of the question, of every statement and of every answer.
+
+    Raises:
+        ValueError: `distances` do not fit into prompts of `context_tokens`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(10_000, 100_000, (num_trials,), generator=generator).tolist()
+
+    def encode(text: str) -> Tensor:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    question = encode(NEEDLE_QUESTION)
+    statements = [encode(NEEDLE_STATEMENT.format(key=key)) for key in keys]
+    answers = [encode(NEEDLE_ANSWER.format(key=key)) for key in keys]
+    room = min(
+        context_tokens - 1 - len(statement) - len(question) - len(answer)
+        for statement, answer in zip(statements, answers, strict=True)
+    )
+    if not distances or min(distances) < 0 or max(distances) > room:
+        raise ValueError(
+            f"distances got {tuple(distances)} in prompts of {context_tokens} tokens; each must lie in 0..{room}, "
+            "so that statement, question and answer fit; choose others or longer haystacks."
+        )
+    return question, statements, answers
+
+
 def needle_recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -542,27 +582,11 @@ def needle_recall(
     """
     _check_windows("haystacks", haystacks)
     num_trials, context = haystacks.shape
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randint(10_000, 100_000, (num_trials,), generator=generator).tolist()
     device = next(model.parameters()).device
     distances = tuple(distances)
-
-    def encode(text: str) -> Tensor:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64)
-
-    question = encode(NEEDLE_QUESTION)
-    statements = [encode(NEEDLE_STATEMENT.format(key=key)) for key in keys]
-    answers = [encode(NEEDLE_ANSWER.format(key=key)) for key in keys]
-    room = min(
-        context - 1 - len(statement) - len(question) - len(answer)
-        for statement, answer in zip(statements, answers, strict=True)
+    question, statements, answers = needle_tokens(
+        tokenizer, num_trials=num_trials, context_tokens=context, distances=distances, seed=seed
     )
-    if not distances or min(distances) < 0 or max(distances) > room:
-        raise ValueError(
-            f"distances got {distances} in prompts of {context} tokens; each must lie in 0..{room}, "
-            "so that statement, question and answer fit; choose others or longer haystacks."
-        )
 
     def ask(text: Tensor, answer: Tensor) -> tuple[bool, float]:
         prompt = torch.cat((text, question, answer))[None].to(device)

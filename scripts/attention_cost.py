@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from evaluation_results import DENSE
 from pretrained import load_model
 from sparsify_results import NONE, CostRow
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def whole_model(
         AttentionInterface.register(implementation, no_attention)
         AttentionMaskInterface.register(implementation, lambda *sizes, **options: None)
     model = load_model(
-        path, device, attn_implementation="sdpa" if layout is not None else implementation
+        path, device, attn_implementation=DENSE if layout is not None else implementation
     )
     model.to(weights)
     if layout is not None:

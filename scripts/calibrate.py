@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from attention_cost import autocast
 from corpus import cut_windows
-from evaluate import check_context, find_source, read_text, recorded_arguments
+from evaluate import (
+    check_context,
+    check_folder,
+    check_is_causal,
+    find_device,
+    find_source,
+    read_text,
+    recorded_arguments,
+)
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from pretrained import load_model, load_tokenizer
 from protocol import ModelArguments, Phases, TextArguments, model_facts
@@ -75,7 +84,9 @@ class CalibrateArguments:
     gap_tokens: int | None = field(
         default=None, metadata={"help": "between passage and copy; default: 1/8 of the context"}
     )
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32",
         metadata={"choices": ["float32", "bfloat16"], "help": "computed in; weights stay float32"},
@@ -261,7 +272,9 @@ def copies_of(windows: Tensor, copy_tokens: int, gap_tokens: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (ModelArguments, TextArguments, CalibrateArguments), description=__doc__
+        (ModelArguments, TextArguments, CalibrateArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     model_arguments, text, arguments = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv)
@@ -273,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"output got {output}; it must be a new file that ends in .json; choose another."
         )
+    check_folder("output", output.parent)
     if arguments.windows < 2 or arguments.path_points < 1:
         raise ValueError(
             f"windows and path_points got {arguments.windows} and {arguments.path_points}; "
@@ -283,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"copy_tokens and gap_tokens got {copy} and {gap}; passage (2 or more) and gap (1 or more) must fit into the "
             f"{context} tokens of a window; change them."
         )
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = find_device(arguments.device), getattr(torch, arguments.dtype)
     narrow = read_layout(arguments.narrow)
     if isinstance(narrow, PerLayer | PerHead):
         raise ValueError(
@@ -298,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = load_tokenizer(source.path)
             facts = model_facts(model, source)
             check_context(context, facts)
+            check_is_causal(model)
             with torch.no_grad():
                 check_head(model, torch.arange(8, device=device)[None])
             narrow_density = narrow.density(context, is_causal=True, num_heads=facts.query_heads)

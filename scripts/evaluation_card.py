@@ -12,6 +12,7 @@ from card_parts import (
     source_sentences,
 )
 from evaluation_results import (
+    DENSE,
     GIVEN,
     LAYOUT,
     PRETRAINED,
@@ -271,6 +272,12 @@ model = AutoModelForCausalLM.from_pretrained("{results.name}")
 def _explain_quality(results: EvaluationResults) -> str:
     first = results.qualities[0].perplexity
     cut = headline_cut(results)
+    to_trained = "of trained weights to those trained with dense attention on the same text."
+    if results.trainings and not any(run.attention == DENSE for run in results.trainings):
+        to_trained = (
+            "of trained weights to the pretrained ones with dense attention, as nothing was trained densely beside them: there it is "
+            "what training gains and the layout costs, together."
+        )
     sentences = [
         f"Perplexity of the last {results.scored_tokens:,} tokens of "
         f"{quantity(first.num_windows, 'window')} of {results.context_tokens:,} tokens "
@@ -278,7 +285,7 @@ def _explain_quality(results: EvaluationResults) -> str:
         f"{results.text.description}. All rows score the same tokens.",
         "*Density* is the share of the causal coefficients that is kept. *Loss to dense* is the mean "
         "difference in nats per token, with its standard error over windows, to dense attention with "
-        "the same weights, of trained weights to those trained with dense attention on the same text.",
+        f"the same weights, {to_trained}",
     ]
     windows = [a.name for a in results.attentions if a.role == SAME_BUDGET]
     if windows:

@@ -7,7 +7,7 @@
     accelerate launch --config_file scripts/accelerate/zero3.yaml scripts/finetune.py RECIPE ... \\
         --sequence_parallel_size 2                                # one sequence on two GPUs
 
-Trains with the Trainer of transformers, whose arguments are all taken, then measures by the protocol of
+Trains with the Trainer of transformers, whose arguments are taken, too, then measures by the protocol of
 protocol.py: the pretrained and the trained weights, with dense attention, with the layout, with a plain
 sliding window of the same budget and with dense attention cut to short contexts, on the same held-out
 tokens; repeat probe, needle recall; time and memory beside dense attention. `--compare dense window`
@@ -22,6 +22,7 @@ weights; so does one that was stopped while it measured.
 import copy
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -39,10 +40,13 @@ from accelerate.utils import DeepSpeedSequenceParallelConfig
 from chunked_loss import use_chunked_loss
 from corpus import JOINED, ONE_DOCUMENT, SEPARATE, Windows, cut_windows
 from evaluate import (
+    PROBE,
     REPOSITORY,
     check_context,
     check_costs,
     check_folder,
+    check_is_causal,
+    check_name,
     find_source,
     own_layout,
     publish,
@@ -60,6 +64,7 @@ from evaluation_results import (
     TrainingRun,
 )
 from evaluation_results import LAYOUT as LAYOUT_ROLE
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from pretrained import load_model, load_tokenizer
 from protocol import (
@@ -85,7 +90,9 @@ from transformers import (
     default_data_collator,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_liger_kernel_available
 
 from hf_blocksparse import Layout, norm_and_embedding_options
 from hf_blocksparse.evaluation import peak_memory
@@ -93,6 +100,7 @@ from hf_blocksparse.run_record import describe_environment, from_plain, to_plain
 
 # What is trained, and the folder of each in the output.
 LAYOUT, WINDOW = "layout", "window"
+DEFAULT_LAYOUT = "sink_window:sink=64,window=960"
 MANIFEST, FINISHED = "run.json", "training.json"
 GIB = 2**30
 
@@ -110,6 +118,9 @@ DECISIVE = (
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "neftune_noise_alpha",
     "bf16",
     "seed",
     "use_liger_kernel",
@@ -120,9 +131,9 @@ DECISIVE = (
 class FinetuneArguments:
     """What is trained, how its text is laid out, and what becomes of it."""
 
-    layout: str = field(
-        default="sink_window:sink=64,window=960",
-        metadata={"help": LAYOUT_HELP},
+    layout: str | None = field(
+        default=None,
+        metadata={"help": f"{LAYOUT_HELP}; default: the model's own, or {DEFAULT_LAYOUT}"},
     )
     compare: list[str] = field(
         default_factory=list,
@@ -187,13 +198,28 @@ class TrainerArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
+def read_object(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file that the argument `name` led to."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} got {path}, which cannot be read ({error}); it must be a file with a JSON object; correct or mend it."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{name} got {path}, which holds a {type(found).__name__}; it must hold a JSON object, of names and values; correct or mend it."
+        )
+    return found
+
+
 def parse_arguments(
     argv: Sequence[str],
 ) -> tuple[ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments]:
     """From the command line; a first argument that ends in .json names a file of arguments."""
     argv = list(argv)
     if argv and argv[0].endswith(".json"):
-        recipe = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        recipe = read_object("recipe", Path(argv[0]))
         words: list[str] = []
         for name, value in recipe.items():
             words.append(f"--{name}")
@@ -202,8 +228,49 @@ def parse_arguments(
     parser = HfArgumentParser(
         (ModelArguments, TextArguments, ProtocolArguments, FinetuneArguments, TrainerArguments),
         description=__doc__,
+        formatter_class=HelpFormatter,
     )
     return parser.parse_args_into_dataclasses(argv)
+
+
+def check_training(training: TrainerArguments) -> None:
+    """Refuse what the Trainer would take, or find out about when it has begun."""
+    counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for key in counts:
+        if getattr(training, key) < 1:
+            raise ValueError(
+                f"{key} got {getattr(training, key)}; it must be at least 1; raise it."
+            )
+    ranges: dict[str, tuple[bool, str]] = {
+        "learning_rate": (0 < training.learning_rate < math.inf, "a number above 0"),
+        "weight_decay": (0 <= training.weight_decay < math.inf, "0 or more"),
+        "max_grad_norm": (0 <= training.max_grad_norm, "0, which clips nothing, or more"),
+        "adam_beta1": (0 <= training.adam_beta1 < 1, "from 0 to below 1"),
+        "adam_beta2": (0 <= training.adam_beta2 < 1, "from 0 to below 1"),
+        "adam_epsilon": (0 < training.adam_epsilon < math.inf, "above 0"),
+        "seed": (0 <= training.seed < 2**32, "from 0 to below 2 ** 32"),
+    }
+    for key, (fits, rule) in ranges.items():
+        if not fits:
+            raise ValueError(f"{key} got {getattr(training, key)}; it must be {rule}; change it.")
+    unfit = {
+        "auto_find_batch_size": "the windows of a step are counted, and cut, beforehand",
+        "label_smoothing_factor": "losses are those of the text, before and after",
+        "load_best_model_at_end": "nothing is measured while it trains, so no step is known to be best",
+        "fp16": "results are measured in float32 or bfloat16",
+    }
+    for key, reason in unfit.items():
+        if getattr(training, key):
+            raise ValueError(f"{key} got {getattr(training, key)}; {reason}; leave it out.")
+    if training.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy got {training.eval_strategy}; measuring comes after training, on all rows "
+            "alike; leave it out."
+        )
+    if training.save_strategy == "best":
+        raise ValueError(
+            "save_strategy got best; nothing is measured while it trains, so no step is known to be best; give steps."
+        )
 
 
 def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) -> None:
@@ -217,25 +284,36 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"max_steps got {training.max_steps}; every row is trained for that many steps, so it must be "
             "1 or more; give --max_steps."
         )
+    check_training(training)
     if training.resume_from_checkpoint:
         raise ValueError(
             f"resume_from_checkpoint got {training.resume_from_checkpoint!r}; a run has checkpoints of "
             "each attention it trains, and goes on from its own; give --resume instead."
-        )
-    if training.eval_strategy != "no":
-        raise ValueError(
-            f"eval_strategy got {training.eval_strategy}; measuring comes after training, on all rows "
-            "alike; leave it out."
         )
     if training.use_liger_kernel and arguments.loss_chunk_tokens:
         raise ValueError(
             f"use_liger_kernel got True with loss_chunk_tokens {arguments.loss_chunk_tokens}; only one of "
             "them can compute the loss; give --loss_chunk_tokens 0."
         )
-    if arguments.lora_norms_and_embeddings and not arguments.lora_rank:
+    if training.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError(
-            "lora_norms_and_embeddings got True without LoRA, where all weights are trained; it needs a "
-            "rank; give --lora_rank or leave it out."
+            "use_liger_kernel got True, but the package liger-kernel is not installed; it computes the loss; run: pip install liger-kernel"
+        )
+    if arguments.loss_chunk_tokens < 0 or arguments.lora_rank < 0:
+        raise ValueError(
+            f"loss_chunk_tokens and lora_rank got {arguments.loss_chunk_tokens} and {arguments.lora_rank}; both must be 0, which does "
+            "without, or more; raise them."
+        )
+    plain = FinetuneArguments()
+    for key in ("lora_norms_and_embeddings", "lora_alpha", "lora_dropout", "lora_targets"):
+        if getattr(arguments, key) != getattr(plain, key) and not arguments.lora_rank:
+            raise ValueError(
+                f"{key} got {getattr(arguments, key)} without LoRA, where all weights are trained; it needs a "
+                "rank; give --lora_rank or leave it out."
+            )
+    if not 0 <= arguments.lora_dropout < 1:
+        raise ValueError(
+            f"lora_dropout got {arguments.lora_dropout}; it must be from 0 to below 1; change it."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and training.device.type == "cpu":
         raise ValueError(
@@ -250,7 +328,8 @@ def check_arguments(arguments: FinetuneArguments, training: TrainerArguments) ->
             f"resume got {folder}, which holds no {MANIFEST}; only a run of this script can go on; leave "
             "--resume out to start one."
         )
-    if not arguments.resume and folder.exists() and any(folder.iterdir()):
+    found = [path for path in folder.glob("*") if not path.name.startswith(PROBE)]
+    if not arguments.resume and found:
         raise ValueError(
             f"output_dir got {folder}, which is not empty; a new run needs a folder of its own; give "
             "another, or --resume to go on with the run in it."
@@ -297,18 +376,17 @@ def check_space(
     parameters: int,
     trained: int,
     num_runs: int,
-    checkpoints: int | None,
+    checkpoints: int,
     deepspeed: bool = False,
 ) -> None:
     """Refuse a disk without room for the models and for the checkpoints of the run in progress.
 
     Weights are float32; a checkpoint also holds AdamW's two moments, and DeepSpeed's the weights a second
-    time; one more is written before an old one goes. Runs that are finished keep their checkpoints.
+    time. Runs that are finished keep their `checkpoints`.
     """
-    kept = 1 if checkpoints is None else checkpoints + 1
     weights = parameters if trained == parameters else trained
     checkpoint = 4 * weights + (12 if deepspeed else 8) * trained
-    needed = num_runs * (4 * parameters + kept * checkpoint)
+    needed = num_runs * (4 * parameters + checkpoints * checkpoint)
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -319,9 +397,25 @@ def check_space(
         )
 
 
+def count_checkpoints(training: TrainerArguments) -> int:
+    """The most that lie on the disk at once: one more is written before an old one goes."""
+    if training.save_strategy == "no":
+        return 0
+    steps = training.save_steps if training.save_strategy == "steps" else training.max_steps
+    steps = max(1, math.ceil(steps * training.max_steps)) if 0 < steps < 1 else steps
+    written = math.ceil(training.max_steps / steps) if steps > 0 else 1
+    limit = training.save_total_limit
+    return written if limit is None or limit < 1 else min(written, limit + 1)
+
+
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse to go on with a run that was made otherwise."""
-    before = json.loads(path.read_text(encoding="utf-8"))
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        groups = {key: values.get(key, {}) for key in ("lora", "trainer")}
+        return {**values, **groups["lora"], **groups["trainer"], **dict.fromkeys(groups)}
+
+    before, manifest = flat(read_object("resume", path)), flat(manifest)
     changed = [
         f"{key} {manifest.get(key)!r} (there: {before.get(key)!r})"
         for key in sorted(before.keys() | manifest.keys())
@@ -349,6 +443,18 @@ def check_documents_are_separate(model: PreTrainedModel) -> None:
             f"packing got 'separate' for a {type(model).__name__}, in which a token reads other documents of its window, too: it does not "
             "tell its attention where positions begin anew, or has layers that carry on; use 'one-document' or 'joined', or another model."
         )
+
+
+def check_is_sparse(
+    attentions: dict[str, tuple[AttentionFacts, Layout | None]], context_tokens: int
+) -> None:
+    """Refuse a layout that drops nothing at the context."""
+    for name, (facts, _) in attentions.items():
+        if facts.role == LAYOUT_ROLE and facts.density == 1:
+            raise ValueError(
+                f"layout got {name}, which keeps all there is within {context_tokens} tokens; there is nothing to gain or to compare; give "
+                "a narrower one, or a longer context."
+            )
 
 
 class WindowDataset(Dataset):
@@ -401,6 +507,8 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += self._now() - self.start
         self.steps += 1
+        # Whatever is logged between, the last step is: the record counts the steps by it.
+        control.should_log |= state.global_step >= state.max_steps
 
     def take(self) -> tuple[float, int]:
         taken = self.seconds, self.steps
@@ -424,6 +532,7 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, *args: Any, tokens_per_step: int, **options: Any):
         super().__init__(*args, **options)
+        self.args.logging_nan_inf_filter = False  # it would show another loss instead
         self.tokens_per_step = tokens_per_step
         self.clock = StepClock(self.args.device)
         self.add_callback(self.clock)
@@ -433,6 +542,11 @@ class FinetuneTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"loss got {logs['loss']} at step {self.state.global_step}; no training comes back from there; lower --learning_rate "
+                    "or --max_grad_norm, lengthen --warmup_steps, and see whether the weights themselves are numbers."
+                )
             seconds, steps = self.clock.take()
             logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
             logs["peak_memory_bytes"] = peak_memory(self.args.device)[0]
@@ -462,7 +576,18 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> nn.Module:
         task_type="CAUSAL_LM",
         **also,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        raise ValueError(
+            f"lora_targets got {arguments.lora_targets} for a {type(model).__name__} ({error}); they must name linear modules; it has "
+            f"{sorted(linear)}, or give all-linear."
+        ) from error
 
 
 def merge_adapter(path: str, layout: Layout | None, adapter: Path, folder: Path) -> None:
@@ -522,8 +647,6 @@ def train_one(
     base = load_model(path, torch.device("cpu"))
     use_cache = base.config.use_cache
     set_attention(base, layout)
-    if windows.positions is not None:
-        check_documents_are_separate(base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     if arguments.loss_chunk_tokens:
         use_chunked_loss(base, arguments.loss_chunk_tokens)
@@ -637,13 +760,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, is_first = training.device, training.process_index == 0
     if arguments.measure:
         check_costs(protocol, device)
-    layout = read_layout(arguments.layout)
+    layout = None if arguments.layout is None else read_layout(arguments.layout)
     training.train_sampling_strategy = "sequential"
     training.remove_unused_columns = False
     if training.gradient_checkpointing_kwargs is None:
         training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     output = Path(training.output_dir)
-    name = arguments.name or output.resolve().name
+    name = check_name(arguments.name or output.resolve().name)
     windows_per_step = (
         training.per_device_train_batch_size
         * training.gradient_accumulation_steps
@@ -655,13 +778,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         with phases("load the model"):
             source = find_source(model_arguments, Path(temporary))
             tokenizer = load_tokenizer(source.path)
-            model = load_model(source.path, torch.device("cpu"))
+            model = load_model(source.path, torch.device("cpu"), attn_implementation=None)
+            layout = layout or own_layout(model) or read_layout(DEFAULT_LAYOUT)
             set_attention(model, None)
             facts = model_facts(model, source)
             check_context(text.context_tokens, facts)
+            check_is_causal(model)
+            if arguments.measure:
+                protocol.check_model(model, tokenizer, text.context_tokens)
             attentions = attentions_side_by_side([layout], facts, text.context_tokens)
-            for _, each in attentions.values():
+            roles = {LAYOUT_ROLE} | {
+                {WINDOW: SAME_BUDGET}.get(row, row) for row in arguments.compare
+            }
+            for compared, each in attentions.values():
                 set_attention(model, each)
+                if arguments.packing == SEPARATE and compared.role in roles:
+                    check_documents_are_separate(model)
+            check_is_sparse(attentions, text.context_tokens)
             if arguments.loss_chunk_tokens:
                 use_chunked_loss(model, arguments.loss_chunk_tokens)
             trained_share = 1.0
@@ -721,7 +854,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parameters=facts.num_parameters,
                 trained=int(trained_share * facts.num_parameters),
                 num_runs=len(plan),
-                checkpoints=training.save_total_limit,
+                checkpoints=count_checkpoints(training),
                 deepspeed=training.deepspeed_plugin is not None,
             )
             # Every process has checked that the folder is empty before the first one writes to it.

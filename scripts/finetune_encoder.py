@@ -16,6 +16,7 @@ record also whenever another row was measured.
 
 import copy
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,13 +38,15 @@ from encoder_results import (
 from evaluate import (
     REPOSITORY,
     check_folder,
+    check_name,
     own_layout,
     read_text,
     recorded_arguments,
     text_facts,
 )
 from evaluation_results import TrainingRun
-from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, training_run
+from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, check_training, training_run
+from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from masked_head import HeadTraining, train_head
 from pretrained import ModelSource, find_model, load_tokenizer, with_extension_note, write_source
@@ -133,6 +136,7 @@ def check_arguments(
         raise ValueError(
             f"hidden_share got {arguments.hidden_share}; it must lie between 0 and 1; 0.15 is usual."
         )
+    check_training(training)
     counts = {
         "windows": arguments.windows,
         "head_steps": arguments.head_steps,
@@ -142,6 +146,15 @@ def check_arguments(
     for key, count in counts.items():
         if count < 1:
             raise ValueError(f"{key} got {count}; it must be at least 1; raise it.")
+    if not 0 < arguments.head_learning_rate < math.inf:
+        raise ValueError(
+            f"head_learning_rate got {arguments.head_learning_rate}; it must be a number above 0; change it."
+        )
+    if arguments.short_tokens is not None and arguments.short_tokens < 2:
+        raise ValueError(
+            f"short_tokens got {arguments.short_tokens}; a chunk holds the tokenizer's first token and text, so it must be at "
+            "least 2; raise it."
+        )
     layout = read_layout(arguments.layout)
     if isinstance(layout, PerLayer | PerHead):
         raise ValueError(
@@ -344,7 +357,9 @@ def extend(source: ModelSource, trained: Path, folder: Path, limit: int) -> Mode
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (TextArguments, EncoderArguments, TrainerArguments), description=__doc__
+        (TextArguments, EncoderArguments, TrainerArguments),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     text, arguments, training = parser.parse_args_into_dataclasses(
         sys.argv[1:] if argv is None else list(argv)
@@ -355,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.save_strategy = "no"
     device, output = training.device, Path(training.output_dir)
     dtype = torch.bfloat16 if training.bf16 else torch.float32
-    name = arguments.name or output.resolve().name
+    name = check_name(arguments.name or output.resolve().name)
     environment = describe_environment(device)
     phases = Phases()
     with phases("load the model"):
@@ -378,6 +393,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             window_tokens=0,
             window_density=0.0,
         )
+        if description.density == 1:
+            raise ValueError(
+                f"layout got {layout_name(layout)}, which keeps all there is within {context} tokens; there is nothing to gain or to "
+                "compare; give a narrower one, or a longer context."
+            )
         vocabulary = model.config.vocab_size
         del model
     batch = training.per_device_train_batch_size

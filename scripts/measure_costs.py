@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from evaluate import check_costs, show
+from evaluate import check_costs, find_device, show
 from evaluation_results import EvaluationResults, LengthCost
+from help_text import HelpFormatter
 from pretrained import find_model
 from protocol import CostArguments, measure_costs
-from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
 
 from hf_blocksparse import layout_from_dict
 from hf_blocksparse.evaluation import prepare_fresh_processes
@@ -39,7 +40,9 @@ class MeasureArguments:
 
     record: str = field(metadata={"help": "record of evaluate.py or finetune.py"})
     model: str = field(metadata={"help": "as given to the script that made the record"})
-    device: str = field(default="cpu", metadata={"choices": ["cpu", "cuda"]})
+    device: str = field(
+        default="cpu", metadata={"choices": ["cpu", "cuda"], "help": "where it runs"}
+    )
     dtype: str = field(
         default="float32", metadata={"choices": ["float32", "bfloat16"], "help": "computed in"}
     )
@@ -82,9 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--record")
-    parser = HfArgumentParser((MeasureArguments, CostArguments), description=__doc__)
+    parser = HfArgumentParser(
+        (MeasureArguments, CostArguments), description=__doc__, formatter_class=HelpFormatter
+    )
     arguments, costs = parser.parse_args_into_dataclasses(words)
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = find_device(arguments.device), getattr(torch, arguments.dtype)
     path = Path(arguments.record)
     record = read_record(path)
     results = from_plain(EvaluationResults, record.results)
@@ -105,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = find_model(arguments.model, Path(temporary), base_model=None, licence=None)
         config = AutoConfig.from_pretrained(source.path).get_text_config()
         check_model(config, results)
+        with torch.device("meta"):
+            costs.check_model_costs(AutoModelForCausalLM.from_config(config))
         attentions = {
             facts.name: (facts, facts.facts and layout_from_dict(facts.facts.layout))
             for facts in results.attentions

@@ -23,6 +23,7 @@ from benchmark_results import (
     random_family,
     row_of,
 )
+from card_parts import check_card_record
 from evaluation_figures import draw_evaluation
 from evaluation_results import LAYOUT, EvaluationResults
 from sparsify_results import LayoutFacts, ModelFacts, SparsifyResults
@@ -164,6 +165,7 @@ def draw_figures(path: Path) -> list[Path]:
     record = read_record(path)
     if record.script == "benchmark.py":
         return draw_densities(grid_results(record).cases, path.with_suffix(""))
+    check_card_record(path, record, ("benchmark.py", "evaluate.py", "finetune.py", "sparsify.py"))
     folder = path.parent.parent / "figures"
     layout = folder / "layout.png"
     if record.script == "sparsify.py":

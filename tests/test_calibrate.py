@@ -156,6 +156,7 @@ def test_a_layout_file_and_its_record(tmp_path):
         (["--gap_tokens=200"], "copy_tokens and gap_tokens got 5 and 200"),
         (["--narrow=windw"], "layout got the name 'windw'"),
         (["--context_tokens=512"], "context_tokens got 512, but tiny has 256 positions"),
+        (["--output=/proc/heads.json"], "output got /proc, but /proc is not a folder that can be"),
         (["--density=0.1"], "density got 0.1; it must lie between"),
     ],
 )

@@ -19,7 +19,19 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from script_inputs import byte_tokenizer, write_model, write_text
 from tiny_models import FAMILIES, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from hf_blocksparse import (
     BigBird,
@@ -32,17 +44,19 @@ from hf_blocksparse import (
     patch_model,
     unpatch_model,
 )
-from hf_blocksparse.run_record import from_plain, read_record
+from hf_blocksparse.run_record import from_plain, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import attention_cost  # noqa: E402
+import calibrate  # noqa: E402
 import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_card  # noqa: E402
 import evaluation_figures  # noqa: E402
 import finetune  # noqa: E402
+import finetune_encoder  # noqa: E402
 import layout_argument  # noqa: E402
 import measure_costs  # noqa: E402
 import plot  # noqa: E402
@@ -365,6 +379,10 @@ def test_costs_of_another_machine_or_model_are_refused(
         patch.setattr(measure_costs, "describe_environment", lambda device: elsewhere)
         with pytest.raises(ValueError, match="record got results from device cpu"):
             measure_costs.main([str(evaluation), f"--model={model_folder}"])
+    bloom = tmp_path / "bloom"
+    BloomForCausalLM(SMALL_BLOOM).save_pretrained(bloom)
+    with pytest.raises(ValueError, match=r"cost_attentions got \['sdpa'\] for a BloomForCausalLM"):
+        measure_costs.main([str(evaluation), f"--model={bloom}"])
     other = tmp_path / "other"
     write_model(other, num_hidden_layers=1)
     with pytest.raises(
@@ -432,6 +450,8 @@ def test_without_attention_no_token_reads_another(model_folder):
         ({"needle_trials": 3}, "needle_trials got 3 of 2 windows"),
         ({"probe_passages": 3}, "probe_passages got 3 of 2 windows"),
         ({"windows": 0}, "windows and bucket_tokens got 0"),
+        ({"probe_passage_tokens": 1}, "probe_passage_tokens got 1; it must be at least 2"),
+        ({"cost_repetitions": -1}, "cost_repetitions got -1; it must be 0"),
         ({"cost_tokens": [1]}, r"cost_tokens got \[1\]; each must be at least 2"),
         ({"cost_attentions": ["fast"]}, r"cost_attentions got \['fast'\]; it must be among"),
     ],
@@ -601,12 +621,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
     finetune.main([*arguments, "--resume"])
     for change, message in (
         (f"--layout={LAYOUT[:-1]}4", "resume got .* with layout {.*'window': 24} .*there: .*28"),
-        ("--learning_rate=2e-2", "resume got .* with trainer"),
-        ("--lora_rank=2", "resume got .* with lora"),
-        ("--seed=1", "resume got .* with trainer .*; training_sha256"),
+        ("--learning_rate=2e-2", r"resume got .* with learning_rate 0.02 \(there: 0.01\); its"),
+        ("--lora_rank=2", r"resume got .* with lora_rank 2 \(there: 0\); its checkpoints"),
+        ("--seed=1", r"resume got .* with seed 1 \(there: 42\); training_sha256"),
     ):
-        if change == "--seed=1":
-            message = "resume got .* with train"
         with pytest.raises(ValueError, match=message):
             finetune.main([*arguments, "--resume", change])
     with pytest.raises(ValueError, match="resume got .*other, which holds no run.json"):
@@ -1181,6 +1199,35 @@ def test_every_command_of_the_tutorial_runs(model_folder, text_folder, tmp_path,
         (["--use_liger_kernel"], "use_liger_kernel got True with loss_chunk_tokens 1024"),
         (["--lora_norms_and_embeddings"], "lora_norms_and_embeddings got True without LoRA"),
         (["--layout=sliding_window:window=32", "--compare", "window"], "compare got window, but"),
+        (["--layout=sliding_window:window=200"], "window=200, which keeps all there is within 160"),
+        (["--learning_rate=-1"], "learning_rate got -1.0; it must be a number above 0"),
+        (["--learning_rate=nan"], "learning_rate got nan"),
+        (["--adam_beta2=1"], "adam_beta2 got 1.0; it must be from 0 to below 1"),
+        (["--seed=-1"], "seed got -1"),
+        (["--per_device_train_batch_size=0"], "per_device_train_batch_size got 0"),
+        (["--gradient_accumulation_steps=-2"], "gradient_accumulation_steps got -2"),
+        (["--auto_find_batch_size"], "auto_find_batch_size got True"),
+        (["--label_smoothing_factor=0.1"], "label_smoothing_factor got 0.1"),
+        (["--fp16"], "fp16 got True; results are measured in"),
+        (["--save_strategy=best"], "save_strategy got best"),
+        (["--loss_chunk_tokens=-1"], "loss_chunk_tokens and lora_rank got -1 and 0"),
+        (["--lora_rank=-1"], "loss_chunk_tokens and lora_rank got 1024 and -1"),
+        (["--lora_alpha=3"], "lora_alpha got 3.0 without LoRA"),
+        (["--lora_rank=4", "--lora_dropout=2"], "lora_dropout got 2.0"),
+        (
+            ["--lora_rank=4", "--lora_targets", "c_attn"],
+            r"lora_targets got \['c_attn'\] for a Llama.* it has \['down_proj', .* all-linear",
+        ),
+        (["--rope_scaling=linear"], "rope_scaling got 'linear' without max_position_embeddings"),
+        (["--needle_distances", "150"], r"distances got \(150,\) in prompts of 160 tokens"),
+        (["--name=a/b"], "name got 'a/b'; it is that of a folder"),
+        (["--name=.."], "name got '..'"),
+        (["--model=/no/folder"], "model got '/no/folder', which is no file or folder here"),
+        (["--model={folder}"], "model got .*, a folder without config.json"),
+        (["--base_model=not an id"], "base_model got 'not an id'; the hub takes"),
+        (["--licence=Apache 2"], "licence got 'Apache 2'; the hub takes"),
+        (["--dataset="], "dataset got ''"),
+        (["--output_dir=/proc/x"], "output_dir got /proc/x, but /proc is not a folder that can be"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(inputs, tmp_path, changes, message):
@@ -1194,11 +1241,168 @@ def test_bad_input_is_refused_before_anything_is_written(inputs, tmp_path, chang
         "short": tmp_path / "short.txt",
         "small": tmp_path / "small.json",
         "layers": tmp_path / "layers.json",
+        "folder": tmp_path,
     }
     changes = [change.format(**places) for change in changes]
     with pytest.raises(ValueError, match=message):
         finetune.main([*inputs, f"--output_dir={tmp_path / 'run'}", *changes])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "which cannot be read .*No such file"),
+        ("{oops", "which cannot be read .*Expecting property name"),
+        ("[1]", "which holds a list; it must hold a JSON object"),
+    ],
+)
+def test_recipes_and_runs_that_cannot_be_read_are_refused(inputs, tmp_path, content, message):
+    recipe, run = tmp_path / "recipe.json", tmp_path / "run"
+    if content is not None:
+        recipe.write_text(content)
+        run.mkdir()
+        (run / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=f"recipe got {recipe}, {message}"):
+        finetune.main([str(recipe), *inputs])
+    if content is not None:
+        with pytest.raises(ValueError, match=f"resume got {run / 'run.json'}, {message}"):
+            finetune.main([*inputs, *UNMEASURED, f"--output_dir={run}", "--resume"])
+
+
+def test_what_a_resumed_run_has_changed_is_named_alone(tmp_path):
+    manifest = {"layout": 1, "trainer": {"seed": 0, "learning_rate": 1.0}, "lora": {"lora_rank": 0}}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(manifest))
+    finetune.check_manifest(path, manifest)
+    changed = manifest | {"trainer": {"seed": 0, "learning_rate": 2.0}}
+    with pytest.raises(ValueError, match=r"with learning_rate 2.0 \(there: 1.0\); its checkpoints"):
+        finetune.check_manifest(path, changed)
+
+
+def test_a_layout_left_out_is_the_models_own(inputs, tmp_path, model_folder):
+    own = SinkWindow(sink=2, window=9)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(model_folder), own)
+    model.save_pretrained(tmp_path / "sparse")
+    byte_tokenizer().save_pretrained(tmp_path / "sparse")
+    arguments = [word for word in inputs if not word.startswith("--layout")]
+    sparse = [f"--model={tmp_path / 'sparse'}", f"--output_dir={tmp_path / 'run'}"]
+    finetune.main([*arguments, *UNMEASURED, *sparse, "--max_steps=1"])
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "layout" / "model")
+    assert evaluate.own_layout(trained) == own
+    with pytest.raises(ValueError, match="layout got sink_window:sink=64,window=960, which keeps"):
+        finetune.main([*arguments, f"--output_dir={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize("words", [["--logging_steps=3"], ["--logging_strategy=no"]])
+def test_every_step_is_on_record_whatever_is_logged(inputs, tmp_path, words):
+    finetune.main([*inputs, *UNMEASURED, f"--output_dir={tmp_path / 'run'}", *words])
+    run = json.loads((tmp_path / "run" / "layout" / "training.json").read_text())
+    assert run["logged_steps"][-1] == 4
+    assert len(run["losses_nats"]) == len(run["logged_steps"])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path):
+    """The Trainer would log another loss in its place, and go on."""
+    lost = ["--learning_rate=1e9", "--max_grad_norm=0"]
+    with pytest.raises(ValueError, match="loss got nan at step 3; .* lower --learning_rate"):
+        finetune.main([*inputs, *UNMEASURED, f"--output_dir={tmp_path / 'run'}", *lost])
+    assert not (tmp_path / "run" / "layout" / "model").exists()
+
+
+SMALL_BLOOM = BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: make_model("gemma2", "eager"), lambda: BloomForCausalLM(SMALL_BLOOM)]
+)
+def test_models_without_sdpa_are_loaded_with_eager_attention(tmp_path, make):
+    model, folder = make(), tmp_path / "model"
+    model.save_pretrained(folder)
+    assert pretrained.load_model(str(folder), CPU).config._attn_implementation == "eager"
+    patch_model(model, SinkWindow(2, 5)).save_pretrained(folder)
+    again = pretrained.load_model(str(folder), CPU)
+    assert again.config._attn_implementation == "eager" and evaluate.own_layout(again) is None
+    costs = protocol.CostArguments(cost_tokens=[16], cost_attentions=["sdpa"])
+    with pytest.raises(ValueError, match=r"cost_attentions got \['sdpa'\] for a .* name eager"):
+        costs.check_model_costs(again)
+
+
+def test_a_model_without_sdpa_is_trained_and_measured(inputs, tmp_path):
+    folder = tmp_path / "bloom"
+    BloomForCausalLM(SMALL_BLOOM).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    places = [f"--model={folder}", f"--output_dir={tmp_path / 'run'}", f"--cards={tmp_path}"]
+    costs = ["--cost_attentions", "eager", "layout", "--cost_tokens", "64", "--cost_repetitions=1"]
+    finetune.main([*inputs, *places, *costs, "--max_steps=1", "--name=card", "--figures=False"])
+    results = results_of(tmp_path / "card" / "results" / "finetune.json")
+    assert [cost.row.attention for cost in results.costs] == ["eager", LAYOUT]
+    assert all(cost.row.cost for cost in results.costs)
+    dense, layout = results.row("pretrained", "dense"), results.row("pretrained", LAYOUT)
+    assert dense.perplexity != layout.perplexity
+
+
+def test_costs_beyond_a_table_of_positions_are_refused(model_folder):
+    costs = protocol.CostArguments(cost_tokens=[16, 100_000])
+    costs.check_model_costs(pretrained.load_model(str(model_folder), CPU))
+    with pytest.raises(ValueError, match="cost_tokens got 100000, but OPTForCausalLM has a table"):
+        costs.check_model_costs(make_model("opt", "sdpa"))
+
+
+def test_models_that_are_not_causal_are_refused():
+    evaluate.check_is_causal(make_model("llama", "sdpa"))
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model = BertLMHeadModel(BertConfig(vocab_size=64, **sizes)).eval()
+    with pytest.raises(
+        ValueError, match="model got a BertLMHeadModel, in which a token reads later"
+    ):
+        evaluate.check_is_causal(model)
+
+
+def test_weights_that_are_no_numbers_are_refused(model_folder):
+    model = pretrained.load_model(str(model_folder), CPU)
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="model got LlamaForCausalLM with logits that are not num"):
+        use_chunked_loss(model, 8)
+
+
+def test_separate_documents_are_refused_before_anything_is_written(inputs, tmp_path):
+    folder = tmp_path / "opt"
+    sizes = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
+    config = OPTConfig(vocab_size=256, word_embed_proj_dim=32, max_position_embeddings=256, **sizes)
+    OPTForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    separate = [f"--model={folder}", "--packing=separate", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="packing got 'separate' for a OPTForCausalLM"):
+        finetune.main([*inputs, *UNMEASURED, *separate])
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_and_threads_that_are_not_there_are_refused(model_folder, text_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [*SMALL, f"--model={model_folder}", f"--dataset={text_folder}"]
+    with pytest.raises(ValueError, match="device got cuda, but torch .* finds no GPU here"):
+        evaluate.main([*words, "--device=cuda"])
+    with pytest.raises(ValueError, match="threads got 0; it must be at least 1"):
+        evaluate.main([*words, "--threads=0"])
+
+
+@pytest.mark.parametrize("script", [calibrate, evaluate, finetune, finetune_encoder, measure_costs])
+def test_help_shows_commands_as_they_are_typed(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert f"\n    python scripts/{Path(script.__file__).name} " in text
+    assert "(default: cpu)" in text or "(default: 42)" in text
+    assert "(default: None)" not in text
+
+
+def test_a_card_says_what_trained_weights_are_compared_with(tuned):
+    results = results_of(tuned / "cards" / "run" / "results" / "finetune.json")
+    alone = replace(results, trainings=results.trainings[-1:])
+    assert "to those trained with dense" in evaluation_card._explain_quality(results)
+    assert "as nothing was trained densely beside" in evaluation_card._explain_quality(alone)
 
 
 def test_a_disk_without_room_is_refused(inputs, tmp_path, monkeypatch):
@@ -1217,7 +1421,7 @@ def test_the_space_asked_for_suffices(tuned, monkeypatch):
             finetune.shutil, "disk_usage", lambda path: type("U", (), {"free": free})
         )
         finetune.check_space(
-            tuned, parameters=parameters, trained=parameters, num_runs=3, checkpoints=1
+            tuned, parameters=parameters, trained=parameters, num_runs=3, checkpoints=2
         )
 
     model = AutoModelForCausalLM.from_pretrained(tuned / "run" / "layout" / "model")
@@ -1227,6 +1431,71 @@ def test_the_space_asked_for_suffices(tuned, monkeypatch):
     with pytest.raises(ValueError):
         refuse(written)
     refuse(8 * written)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--max_steps=10", "--save_steps=3"], 2),
+        (["--max_steps=3", "--save_steps=3"], 1),
+        (["--max_steps=10", "--save_steps=3", "--save_total_limit=3"], 4),
+        (["--max_steps=10", "--save_steps=3", "--save_total_limit=0"], 4),
+        (["--max_steps=10", "--save_steps=0.25", "--save_total_limit=9"], 4),
+        (["--max_steps=10", "--save_strategy=no"], 0),
+        (["--max_steps=10", "--save_strategy=epoch"], 1),
+    ],
+)
+def test_the_space_asked_for_is_that_of_all_checkpoints_kept(tmp_path, words, count):
+    training = finetune.parse_arguments([f"--output_dir={tmp_path / 'run'}", "--use_cpu", *words])
+    assert finetune.count_checkpoints(training[-1]) == count
+
+
+def test_a_card_tells_of_windows_that_a_model_has_itself():
+    """A layout stays within them, so its density is not all that is left out."""
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    assert protocol.window_notes(LlamaConfig(**sizes)) == ()
+    (note,) = protocol.window_notes(MistralConfig(**sizes, sliding_window=8))
+    assert note.startswith("3 of 3 layers have a window")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    (note,) = protocol.window_notes(Gemma2Config(**sizes, layer_types=kinds))
+    assert note.startswith("2 of 3 layers have a window")
+
+
+@pytest.mark.parametrize("make", [write_model_card.write_model_card, plot.draw_figures])
+def test_records_that_no_card_belongs_to_are_refused(evaluation, tmp_path, make):
+    """One that lay in the root of the repository would have its README replaced."""
+    stray = tmp_path / "elsewhere" / "evaluate.json"
+    stray.parent.mkdir()
+    stray.write_bytes(evaluation.read_bytes())
+    with pytest.raises(ValueError, match="record got .* in the folder 'elsewhere'; a card is"):
+        make(stray)
+    other = tmp_path / "results" / "heads.record.json"
+    other.parent.mkdir()
+    write_record(replace(read_record(evaluation), script="calibrate.py"), other)
+    with pytest.raises(
+        ValueError, match="record got .*, which calibrate.py wrote; it must be one of"
+    ):
+        make(other)
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [stray.name, other.name]
+
+
+def test_a_folder_in_use_is_told_from_one_another_process_looks_at(inputs, tmp_path):
+    arguments = [*inputs, *UNMEASURED, "--max_steps=1"]
+    folders = tmp_path / "used", tmp_path / "looked at"
+    for folder, name in zip(folders, (".hidden", f"{evaluate.PROBE}x"), strict=True):
+        folder.mkdir()
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="output_dir got .*used, which is not empty"):
+        finetune.main([*arguments, f"--output_dir={folders[0]}"])
+    finetune.main([*arguments, f"--output_dir={folders[1]}"])
+
+
+def test_missing_liger_is_named(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "is_liger_kernel_available", lambda: False)
+    words = ["--use_liger_kernel", "--loss_chunk_tokens=0", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="use_liger_kernel got True, but the package liger-kernel"):
+        finetune.main([*inputs, *words])
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_peft_is_named(inputs, tmp_path, monkeypatch):
