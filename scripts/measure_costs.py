@@ -102,10 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": arguments.dtype,
         "git_commit": describe_environment(device).git_commit,
     }
-    changed = {
-        "cost_weights": costs.cost_weights,
-        "measured_costs": [*record.arguments.get("measured_costs", []), call],
-    }
+    earlier = record.arguments.get("measured_costs", [])
+    measured: list[tuple[int, str]] = []  # a run that is cut has not measured all that it was asked
     with tempfile.TemporaryDirectory() as temporary:
         source = find_model(arguments.model, Path(temporary), base_model=None, licence=None)
         config = AutoConfig.from_pretrained(source.path).get_text_config()
@@ -126,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=dtype,
         ):
             results = replace(results, costs=with_cost(results.costs, cost))
+            measured.append((cost.tokens, cost.row.attention))
+            changed = {
+                "cost_weights": costs.cost_weights,
+                "measured_costs": [*earlier, call | {"measured": measured}],
+            }
             record = replace(
                 record, arguments=record.arguments | changed, results=to_plain(results)
             )

@@ -353,6 +353,9 @@ def test_costs_are_added_to_a_record(evaluation, model_folder, tmp_path):
     assert re.search(r"\| 96 +\|", (tmp_path / "two" / "README.md").read_text())
     (call,) = read_record(record).arguments["measured_costs"]
     assert call["cost_tokens"] == [64, 96] and call["dtype"] == "float32"
+    assert {tuple(row) for row in call["measured"]} == {
+        (tokens, name) for tokens in (64, 96) for name in layouts
+    }
 
 
 @pytest.mark.parametrize(
