@@ -210,6 +210,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether SDPA computes this model's attention. transformers 5.17 says so of Gemma 2, too, and leaves its softcap out."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return model._supports_sdpa and softcap is None
+
+
 def load_model(
     path: str, device: torch.device, *, attn_implementation: str | None = DENSE
 ) -> PreTrainedModel:
@@ -226,4 +232,6 @@ def load_model(
     )
     if attn_implementation == DENSE and getattr(model.config, "block_sparse", None) is not None:
         unpatch_model(model)
+    if attn_implementation == DENSE and not supports_sdpa(model):
+        model.set_attn_implementation("eager")
     return model.to(device)

@@ -35,7 +35,7 @@ from evaluation_results import (
     LengthCost,
     QualityRow,
 )
-from pretrained import PIP_MODEL
+from pretrained import PIP_MODEL, supports_sdpa
 from sparsify_results import LayoutFacts, ModelFacts
 from torch import Tensor
 from tqdm import tqdm
@@ -150,7 +150,7 @@ class CostArguments:
 
     def check_model_costs(self, model: PreTrainedModel) -> None:
         """Refuse attentions and lengths that this model does not have in transformers."""
-        supported = {"sdpa": model._supports_sdpa, "flex_attention": model._supports_flex_attn}
+        supported = {"sdpa": supports_sdpa(model), "flex_attention": model._supports_flex_attn}
         if missing := [name for name in self.cost_attentions if not supported.get(name, True)]:
             raise ValueError(
                 f"cost_attentions got {missing} for a {type(model).__name__}, for which transformers has none; leave it out, or name eager."
