@@ -465,9 +465,8 @@ def _register_modeling(module: ModuleType) -> None:
         by_section = is_init_check and attn_implementation is None and section is not None
         if not by_section and attn_implementation != IMPLEMENTATION:
             chosen = check(self, attn_implementation, is_init_check, *args, **kwargs)
-            if (
-                chosen == IMPLEMENTATION
-            ):  # "paged|block_sparse", of which transformers drops the prefix
+            # Of "paged|block_sparse" transformers drops the prefix.
+            if chosen == IMPLEMENTATION:
                 return check_with_section(self, chosen, is_init_check, *args, **kwargs)
             if not names_this_package(chosen):
                 if section is not None:

@@ -26,6 +26,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([join(header), rule + "|", *map(join, rows)])
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
 def card_metadata(
     name: str,
     model: ModelFacts,

@@ -6,6 +6,7 @@ import statistics
 from card_parts import (
     card_metadata,
     device_sentence,
+    duration,
     markdown_table,
     model_sentence,
     quantity,
@@ -117,10 +118,6 @@ def probe_table(results: EvaluationResults) -> str:
     return markdown_table(header, cells)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
 def cost_table(results: EvaluationResults) -> str:
     """Time and memory at every length; ratios are against sdpa, what transformers takes by default."""
     sdpa = {
@@ -139,8 +136,8 @@ def cost_table(results: EvaluationResults) -> str:
         return (
             f"{cost.tokens:,}",
             row.attention,
-            _duration(seconds),
-            f"{_duration(min(all_seconds))} to {_duration(max(all_seconds))}"
+            duration(seconds),
+            f"{duration(min(all_seconds))} to {duration(max(all_seconds))}"
             if len(all_seconds) > 1
             else "one call",
             f"{cost.tokens / seconds:,.0f}",

@@ -445,16 +445,13 @@ def check_documents_are_separate(model: PreTrainedModel) -> None:
         )
 
 
-def check_is_sparse(
-    attentions: dict[str, tuple[AttentionFacts, Layout | None]], context_tokens: int
-) -> None:
+def check_is_sparse(name: str, density: float, context_tokens: int) -> None:
     """Refuse a layout that drops nothing at the context."""
-    for name, (facts, _) in attentions.items():
-        if facts.role == LAYOUT_ROLE and facts.density == 1:
-            raise ValueError(
-                f"layout got {name}, which keeps all there is within {context_tokens} tokens; there is nothing to gain or to compare; give "
-                "a narrower one, or a longer context."
-            )
+    if density == 1:
+        raise ValueError(
+            f"layout got {name}, which keeps all there is within {context_tokens} tokens; there is nothing to gain or to compare; give "
+            "a narrower one, or a longer context."
+        )
 
 
 class WindowDataset(Dataset):
@@ -794,7 +791,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 set_attention(model, each)
                 if arguments.packing == SEPARATE and compared.role in roles:
                     check_documents_are_separate(model)
-            check_is_sparse(attentions, text.context_tokens)
+            for name_of_row, (compared, _) in attentions.items():
+                if compared.role == LAYOUT_ROLE:
+                    check_is_sparse(name_of_row, compared.density, text.context_tokens)
             if arguments.loss_chunk_tokens:
                 use_chunked_loss(model, arguments.loss_chunk_tokens)
             trained_share = 1.0

@@ -45,7 +45,14 @@ from evaluate import (
     text_facts,
 )
 from evaluation_results import TrainingRun
-from finetune import DECISIVE, FinetuneTrainer, TrainerArguments, check_training, training_run
+from finetune import (
+    DECISIVE,
+    FinetuneTrainer,
+    TrainerArguments,
+    check_is_sparse,
+    check_training,
+    training_run,
+)
 from help_text import HelpFormatter
 from layout_argument import LAYOUT_HELP, read_layout
 from masked_head import HeadTraining, train_head
@@ -393,11 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             window_tokens=0,
             window_density=0.0,
         )
-        if description.density == 1:
-            raise ValueError(
-                f"layout got {layout_name(layout)}, which keeps all there is within {context} tokens; there is nothing to gain or to "
-                "compare; give a narrower one, or a longer context."
-            )
+        check_is_sparse(layout_name(layout), description.density, context)
         vocabulary = model.config.vocab_size
         del model
     batch = training.per_device_train_batch_size

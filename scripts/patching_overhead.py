@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_blocksparse import Dense, SinkWindow, patch_model
 from hf_blocksparse.run_record import (
     FORMAT_VERSION,
+    Environment,
     RunRecord,
     describe_environment,
     to_plain,
@@ -196,22 +197,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_args(argv)
-    environment = describe_environment(torch.device(arguments.device))
-    start = time.perf_counter()
-    results = measure(arguments)
-    settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+def write_results(
+    script: str,
+    arguments: argparse.Namespace,
+    environment: Environment,
+    start: float,
+    results: object,
+) -> None:
+    """Write the record of a run of `script` that began at `start`, of `time.perf_counter`."""
     record = RunRecord(
         version=FORMAT_VERSION,
-        script=Path(__file__).name,
-        arguments=settings,
+        script=Path(script).name,
+        arguments={name: value for name, value in vars(arguments).items() if name != "output"},
         seed=arguments.seed,
         environment=environment,
         timings_seconds={"measurements": time.perf_counter() - start},
         results=to_plain(results),
     )
     write_record(record, arguments.output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_args(argv)
+    environment = describe_environment(torch.device(arguments.device))
+    start = time.perf_counter()
+    results = measure(arguments)
+    write_results(__file__, arguments, environment, start, results)
     print(table(results))
     print(f"\nwritten to {arguments.output}")
 

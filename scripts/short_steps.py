@@ -26,6 +26,7 @@ from patching_overhead import (
     small_model,
     take_turns,
     time_calls,
+    write_results,
 )
 from sparsify_results import NONE
 from torch import Tensor
@@ -33,13 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCau
 
 from hf_blocksparse import Dense, Layout, SinkWindow, SlidingWindow, patch_model
 from hf_blocksparse.evaluation import next_token_losses
-from hf_blocksparse.run_record import (
-    FORMAT_VERSION,
-    RunRecord,
-    describe_environment,
-    to_plain,
-    write_record,
-)
+from hf_blocksparse.run_record import describe_environment
 
 BASE = "sdpa"
 # A layout that keeps all is handed over to the model's own attention, unless an implementation is named.
@@ -200,20 +195,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_args(argv)
     environment = describe_environment(torch.device(arguments.device))
-    settings = {name: value for name, value in vars(arguments).items() if name != "output"}
     start = time.perf_counter()
     # Written after each length, so that a run that is cut short keeps what it has.
     for results in measure(arguments):
-        record = RunRecord(
-            version=FORMAT_VERSION,
-            script=Path(__file__).name,
-            arguments=settings,
-            seed=arguments.seed,
-            environment=environment,
-            timings_seconds={"measurements": time.perf_counter() - start},
-            results=to_plain(results),
-        )
-        write_record(record, arguments.output)
+        write_results(__file__, arguments, environment, start, results)
     print(table(results))
     print(f"\nwritten to {arguments.output}")
 

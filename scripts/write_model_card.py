@@ -13,6 +13,7 @@ from card_parts import (
     card_metadata,
     check_card_record,
     device_sentence,
+    duration,
     markdown_table,
     model_sentence,
     quantity,
@@ -81,7 +82,7 @@ def _cost_cells(row: CostRow, sdpa_seconds: float | None) -> tuple[str, ...]:
     return (
         measured,
         row.attention,
-        f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.1f} s",
+        duration(seconds),
         "-" if sdpa_seconds is None else f"{sdpa_seconds / seconds:.2f}x",
         f"{row.cost.added_bytes / 2**20:,.0f}",
     )
