@@ -46,7 +46,12 @@ VARIANTS = (
     ("backward in parts", 128, torch.bfloat16),
     *(
         (kernel, head_dim, dtype)
-        for kernel in ("small_forward", "key_pass", "query_pass")
+        for kernel in (
+            "small_forward",
+            "small_forward of strips",
+            "key_pass",
+            "query_pass",
+        )
         for head_dim, dtype in ((64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16))
     ),
 )
@@ -157,10 +162,10 @@ def strides_of(head_dim: int) -> tuple[int, int, int]:
     return 4 * 1000 * head_dim, head_dim, 4 * head_dim
 
 
-def compile_small_forward(head_dim: int, dtype: torch.dtype) -> Any:
+def compile_small_forward(head_dim: int, dtype: torch.dtype, strip: int = hopper.SMALL_TILE) -> Any:
     int_pointer = pointer(torch.int32)
     rows = descriptor(hopper.SMALL_TILE, head_dim, dtype)
-    squares = descriptor(hopper.SMALL_TILE, head_dim, dtype, hopper.SMALL_TILE)
+    squares = descriptor(strip, head_dim, dtype, hopper.SMALL_TILE)
     return small_forward_kernel.warmup(
         rows,
         squares,
@@ -169,7 +174,7 @@ def compile_small_forward(head_dim: int, dtype: torch.dtype) -> Any:
         pointer(dtype),
         strides_of(head_dim),
         pointer(torch.float32),
-        *(int_pointer,) * 5,
+        *(int_pointer,) * 6,
         0.1,
         4,
         2,
@@ -178,7 +183,7 @@ def compile_small_forward(head_dim: int, dtype: torch.dtype) -> Any:
         grid=(1,),
         enable_fp_fusion=True,
         **hopper.SMALL_OPTIONS,
-        **hopper.small_forward_constants(head_dim),
+        **hopper.small_forward_constants(head_dim, strip),
     )
 
 
@@ -233,6 +238,7 @@ COMPILERS = {
     "backward": partial(compile_backward, in_parts=False),
     "backward in parts": partial(compile_backward, in_parts=True),
     "small_forward": compile_small_forward,
+    "small_forward of strips": partial(compile_small_forward, strip=hopper.STRIP),
     "key_pass": compile_key_pass,
     "query_pass": compile_query_pass,
 }

@@ -28,6 +28,9 @@ from hf_blocksparse import BigBird, Dense, PerHead, SinkWindow, SlidingWindow, T
 SCATTERED = TensorLayout.from_tensor(
     torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2, 16
 )
+STRIPS = TensorLayout.from_tensor(
+    torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.2, 32
+)
 HALF = Scenario(SlidingWindow(100), 200, dtype=torch.float16, head_dim=64, heads=2, kv_heads=1)
 DOCUMENTS = ((0, 0, 3), (0, 3, 130), (0, 135, 200))
 # The first keys' column has 128 steps of the backward, the others fewer: it is cut into parts.
@@ -48,13 +51,14 @@ PARTS = {
             replace(LONG_COLUMN, query_len=1024),
         ),
     ),
-    # Tiles of every kind, groups of heads, documents, a padded head size, a long column.
+    # Tiles of every kind, strips, groups of heads, documents, a padded head size, a long column.
     "hopper": (
         "auto",
         (
             replace(HALF, layout=SinkWindow(4, 150), query_len=400, grad_lse=True),
             replace(HALF, layout=PerHead((Dense(), BigBird(64))), query_len=300, head_dim=128),
             replace(HALF, layout=Dense(), runs=DOCUMENTS, is_causal=False, head_dim=96, kv_heads=2),
+            replace(HALF, layout=STRIPS, query_len=500, runs=((0, 0, 130), (0, 135, 365))),
             replace(LONG_COLUMN, layout=SinkWindow(4, 1000), query_len=2048),
         ),
     ),

@@ -11,7 +11,12 @@ import pytest
 
 from hf_blocksparse.ops.triton.tile_sizes import SHARED_MEMORY_BYTES
 
-SHARING = ("small_forward", "key_pass", "query_pass")  # two programs of them on a multiprocessor
+SHARING = (
+    "small_forward",
+    "small_forward of strips",
+    "key_pass",
+    "query_pass",
+)  # two programs of them on a multiprocessor
 RESERVED_BYTES = 1024  # of shared memory, by each program
 SCRIPT = Path(__file__).with_name("compile_hopper_kernels.py")
 

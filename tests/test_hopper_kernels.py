@@ -79,7 +79,9 @@ class Case:
             covers_keys=False,
         )
 
-    def index(self, sequences: Sequences, tile: int = hopper.TILE) -> BlockIndex:
+    def index(
+        self, sequences: Sequences, tile: int = hopper.TILE, strip: int | None = None
+    ) -> BlockIndex:
         return get_index(
             self.layout,
             sequences,
@@ -87,7 +89,7 @@ class Case:
             attn_mask=None,
             num_heads=self.heads,
             tile_q=tile,
-            tile_kv=tile,
+            tile_kv=strip or tile,
             device=sequences.table.device,
         )
 
@@ -191,13 +193,17 @@ WALKED = (
 )
 
 
-def problem_of(case: Case, device: str, tile: int = hopper.TILE) -> Problem:
+def problem_of(
+    case: Case, device: str, tile: int = hopper.TILE, strip: int | None = None
+) -> Problem:
     sequences = case.sequences(device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    return Problem(lambda *_: case.index(sequences, tile), sequences, case.layout.grain, scale)
+    return Problem(
+        lambda *_: case.index(sequences, tile, strip), sequences, case.layout.grain, scale
+    )
 
 
-def check(case: Case, tile: int = hopper.TILE) -> None:
+def check(case: Case, tile: int = hopper.TILE, strip: int | None = None) -> None:
     """Rows that belong to no sequence hold NaN, which must not show anywhere."""
     query, key, value = make_qkv(
         case.batch,
@@ -215,7 +221,7 @@ def check(case: Case, tile: int = hopper.TILE) -> None:
     options = dict(scale=case.scale)
     exact = dense_attention(query.double(), key.double(), value.double(), mask, **options)
     other = torch_attention(query, key, value, mask, **options)
-    problem = problem_of(case, "cuda", tile)
+    problem = problem_of(case, "cuda", tile, strip)
     hide_foreign_rows(case, problem, [query], [key, value])
     assert hopper.unsupported_forward(query, key, value, None, problem) == ()
     out, lse = hopper.forward(query, key, value, problem, problem.scale)
@@ -512,12 +518,15 @@ def test_other_devices_are_refused():
         assert reasons == ("the device is not of compute capability 9.0",)
 
 
-def walk(case: Case, num_multiprocessors: int, tile: int = hopper.TILE) -> torch.Tensor:
+def walk(
+    case: Case, num_multiprocessors: int, tile: int = hopper.TILE, strip: int | None = None
+) -> torch.Tensor:
     """The mask that the lists of the work records add up to; every query row must be there once and every step valid."""
     from hf_blocksparse.ops.hopper.work import make_schedule
 
     sequences = case.sequences("cpu")
-    index = case.index(sequences, tile)
+    width = strip or tile
+    index = case.index(sequences, tile, strip)
     schedule = make_schedule(index, sequences, case.heads, num_multiprocessors)
     assert schedule.num_programs <= num_multiprocessors
     bits, indices, mask_ids = index.bank_bits(), index.kv_indices, index.kv_mask_ids
@@ -548,11 +557,11 @@ def walk(case: Case, num_multiprocessors: int, tile: int = hopper.TILE) -> torch
                 number, mask_id = int(indices[entry]), int(mask_ids[entry])
                 if step == 0:
                     assert (number, mask_id) == (first_tile, first_mask)
-                columns = torch.arange(tile) + number * tile + shift
+                columns = torch.arange(width) + number * width + shift
                 inside = (columns >= kv_begin) & (columns < kv_end)
                 if step >= num_masked:
                     assert mask_id == -1 and inside.all()
-                kept = torch.ones(tile, tile, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
+                kept = torch.ones(tile, width, dtype=torch.bool) if mask_id < 0 else bits[mask_id]
                 place = mask[batch, head, rows[own][:, None], columns[inside]]
                 assert not (place & kept[own][:, inside]).any(), "a tile is walked twice"
                 mask[batch, head, rows[own][:, None], columns[inside]] |= kept[own][:, inside]

@@ -27,7 +27,7 @@ from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
 from hf_blocksparse.sequences import Sequences
 
-TILE = hopper.SMALL_TILE
+TILE, STRIP = hopper.SMALL_TILE, hopper.STRIP
 
 
 def crossing(heads: int, blocks: int, block: int) -> TensorLayout:
@@ -52,6 +52,16 @@ SMALL_CASES = CASES | {
         random_blocks(4, 1000, 64, 0.3, 6), is_causal=False, batch=2, rows_outside_heads=False
     ),
 }
+STRIP_CASES = SMALL_CASES | {
+    f"{count} strips": Case(Dense(), 32 * count, is_causal=False) for count in (1, 3, 4, 5)
+}
+STRIP_CASES |= {
+    "scattered blocks of 32": Case(random_blocks(4, 1000, 32, 0.2, 7), is_causal=False),
+    "scattered blocks of 32, causal, head size 64": Case(
+        random_blocks(4, 1000, 32, 0.2, 8), head_dim=64
+    ),
+    "scattered blocks of 16": Case(random_blocks(4, 1000, 16, 0.1, 9), is_causal=False),
+}
 IN_FLOAT16 = ("causal", "documents", "head size 64", "head size 96", "random blocks of 64")
 
 
@@ -59,6 +69,12 @@ IN_FLOAT16 = ("causal", "documents", "head size 64", "head size 96", "random blo
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_forward_matches_dense_attention(name):
     check(SMALL_CASES[name], TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", STRIP_CASES)
+def test_forward_of_strips_matches_dense_attention(name):
+    check(STRIP_CASES[name], TILE, STRIP)
 
 
 @on_hopper
@@ -73,12 +89,19 @@ def test_float16_matches_dense_attention(name):
     case = replace(SMALL_CASES[name], dtype=torch.float16)
     check(case, TILE)
     check_backward(case, has_grad_lse=False, tile=TILE)
+    check(case, TILE, STRIP)
 
 
 @on_hopper
 @pytest.mark.parametrize("seed", range(1000, 1200))
 def test_forward_matches_dense_attention_at_random(seed):
     check(random_case(seed), TILE)
+
+
+@on_hopper
+@pytest.mark.parametrize("seed", range(1200, 1300))
+def test_forward_of_strips_matches_dense_attention_at_random(seed):
+    check(random_case(seed), TILE, STRIP)
 
 
 @on_hopper
@@ -252,6 +275,35 @@ SMALL_WALKED = (*WALKED, "three tiles, causal", "a long column")
 def test_work_lists_hold_every_tile_once(name):
     case = SMALL_CASES[name]
     assert torch.equal(walk(case, 5, TILE), case.mask())
+
+
+@without_gpu
+@pytest.mark.parametrize("name", SMALL_WALKED)
+def test_work_lists_hold_every_strip_once(name):
+    case = SMALL_CASES[name]
+    assert torch.equal(walk(case, 5, TILE, STRIP), case.mask())
+
+
+@without_gpu
+def test_rows_that_keep_whole_strips_are_known():
+    from hf_blocksparse.ops.hopper.work import rows_kept
+
+    scattered = STRIP_CASES["scattered blocks of 32"]
+    causal = replace(scattered, is_causal=True)
+    for case in (scattered, causal):
+        index = case.index(case.sequences("cpu"), TILE, STRIP)
+        masks, known = index.bank_bits(), rows_kept(index)
+        assert rows_kept(index) is known
+        for mask, bits in zip(masks, known.tolist(), strict=True):
+            groups = mask.view(4, 16 * STRIP)
+            if bits < 16:
+                kept = torch.tensor([bool(bits >> group & 1) for group in range(4)])
+                assert torch.equal(groups, kept[:, None].expand_as(groups))
+            else:
+                assert (groups != groups[:, :1]).any()
+        assert {bits < 16 for bits in known.tolist()} == (
+            {True, False} if case is causal else {True}
+        )
 
 
 @without_gpu

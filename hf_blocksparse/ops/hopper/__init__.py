@@ -24,7 +24,7 @@ from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.sequences import Sequences
 
 DTYPES = (torch.float16, torch.bfloat16)
-TILE, SMALL_TILE = 128, 64
+TILE, SMALL_TILE, STRIP = 128, 64, 32
 LOG2_E = 1.4426950408889634
 SMALL_RATE = 0.85
 """Coefficients that the kernels with tiles of 64 compute while those with tiles of 128 compute one.
@@ -64,7 +64,7 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of_forward(problem, query.shape[1] // key.shape[1]))
+        and _index_of_forward(problem, query.shape[1] // key.shape[1]).tile_q >= SMALL_TILE
     )
 
 
@@ -80,12 +80,8 @@ def takes_backward(
     return (
         not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
-        and _is_of_tiles(_index_of_backward(problem, query.shape[1] // key.shape[1]))
+        and _index_of_backward(problem, query.shape[1] // key.shape[1]).tile_kv >= SMALL_TILE
     )
-
-
-def _is_of_tiles(index: BlockIndex) -> bool:
-    return min(index.tile_q, index.tile_kv) >= SMALL_TILE
 
 
 def _index_of(problem: Problem, largest: int, group_size: int, packed_rate: float) -> BlockIndex:
@@ -222,7 +218,7 @@ def forward(
         [batch, query_heads, query_len, head_dim] in query's dtype and order of axes in memory, and float32
         [batch, query_heads, query_len].
     """
-    from hf_blocksparse.ops.hopper.work import schedule_for
+    from hf_blocksparse.ops.hopper.work import rows_kept, schedule_for
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
@@ -253,19 +249,23 @@ def forward(
         if index.tile_q == SMALL_TILE:
             from hf_blocksparse.ops.hopper.small_forward_kernel import small_forward_kernel
 
+            is_strips = index.tile_kv < SMALL_TILE
+            kept = rows_kept(index) if is_strips else index.bank  # not read then
             launch(
                 small_forward_kernel,
                 (schedule.num_programs, 1, 1),
                 (
                     _descriptor(query, SMALL_TILE),
-                    _square_descriptor(key),
-                    _square_descriptor(value),
+                    _descriptor(key, index.tile_kv, SMALL_TILE),
+                    _descriptor(value, index.tile_kv, SMALL_TILE),
                     _descriptor(out, SMALL_TILE),
                     out,
                     out_strides,
-                    *rest,
+                    *rest[:6],
+                    kept,
+                    *rest[6:],
                 ),
-                small_forward_constants(head_dim),
+                small_forward_constants(head_dim, index.tile_kv),
                 SMALL_OPTIONS,
                 (query.dtype, out_strides),
             )
@@ -625,12 +625,13 @@ def backward_constants(head_dim: int, in_parts: bool) -> dict[str, Any]:
 
 
 @cache
-def small_forward_constants(head_dim: int) -> dict[str, Any]:
-    """What the forward kernel with tiles of 64 is compiled for besides the types of its arguments."""
+def small_forward_constants(head_dim: int, strip: int) -> dict[str, Any]:
+    """What the forward kernel with tiles of 64 is compiled for besides the types of its arguments; `strip`: keys of a part of a step."""
     is_small = head_dim <= 64
     return dict(
         HEAD_DIM=head_dim,
         DIM=_padded(head_dim),
+        STRIP=strip,
         STAGES=6 if is_small else 3,
         Q_IN_REGISTERS=is_small,
         PRODUCER_REGISTERS=24,
@@ -677,11 +678,6 @@ def _descriptor(tensor: Tensor, rows: int, columns: int | None = None) -> Any:
     columns = columns or _padded(tensor.shape[-1])
     layout = _layout(rows, columns, tensor.dtype)
     return descriptor_of(TensorDescriptor, tensor, strides, (1, 1, rows, columns), layout)
-
-
-def _square_descriptor(tensor: Tensor) -> Any:
-    """As `_descriptor`, of blocks of 64 rows and 64 columns."""
-    return _descriptor(tensor, SMALL_TILE, SMALL_TILE)
 
 
 def _sums_descriptor(sums: Tensor) -> Any:

@@ -18,42 +18,56 @@ def bits_between(words, begin, end):
 
 
 @gluon.jit
-def side_by_side(first, second, scores):
-    """A number per word of `scores` [rows, columns] for `load_mask`: `first` in the left half of the columns, `second` in the right one."""
+def word_numbers(scores):
+    """The numbers of the words of `scores` [rows, columns], which have the bits of 32 columns each: [1, words, 1]."""
     WORDS: gl.constexpr = scores.shape[1] // 32
     parts = gl.reshape(scores, [scores.shape[0], WORDS, 4, 4, 2])
     LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
     words = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
-    return gl.where(words < WORDS // 2, first, second)
+    return gl.expand_dims(gl.expand_dims(words, 0), 2)
+
+
+@gluon.jit
+def load_words(
+    bank, mask_id, query_in_tile, word, key_begin, key_end, scores,
+    TILE_ROWS: gl.constexpr, TILE_WORDS: gl.constexpr,
+):  # fmt: skip
+    """Words of bits [rows, words, 1], of 32 keys each, for `scores` [rows, columns].
+
+    Word number `word` of a mask in `bank`, whose masks have `TILE_ROWS` rows of `TILE_WORDS` words; of all bits where `mask_id` is -1. Keys
+    outside `[key_begin, key_end)`, counted in their tile, are cleared. All but `query_in_tile` may be numbers, or tensors of one per word.
+    """
+    ROWS: gl.constexpr = scores.shape[0]
+    parts = gl.reshape(scores, [ROWS, scores.shape[1] // 32, 4, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
+    place = (query_in_tile + rows) * TILE_WORDS + word
+    packed = gl.load(
+        bank + mask_id.to(gl.int64) * (TILE_ROWS * TILE_WORDS) + place,
+        mask=place + mask_id >= place,
+        other=-1,
+    )
+    return packed & bits_between(word, key_begin, key_end)
+
+
+@gluon.jit
+def for_threads(words, scores):
+    """Words [rows, words, 1] as `apply_mask` takes them: moved down to the first column of each of the 4 threads that share a row."""
+    parts = gl.reshape(scores, [scores.shape[0], scores.shape[1] // 32, 4, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
+    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return words >> (2 * gl.expand_dims(gl.expand_dims(threads, 0), 1))
 
 
 @gluon.jit
 def load_mask(bank, mask_id, query_in_tile, key_begin, key_end, scores, TILE_SIZE: gl.constexpr):
-    """Words of bits [rows, words, 4]: of 32 keys each, moved down to the first column of each of the 4 threads that share a row.
-
-    `scores`: of tiles whose masks in `bank` are of `TILE_SIZE x TILE_SIZE`, one or several next to each other; `mask_id`: -1 for all bits.
-    Keys outside `[key_begin, key_end)`, counted in their tile, are cleared. All three may be numbers, or tensors of one per word.
-    """
-    ROWS: gl.constexpr = scores.shape[0]
-    WORDS: gl.constexpr = scores.shape[1] // 32
-    WORDS_OF_TILE: gl.constexpr = TILE_SIZE // 32
-    parts = gl.reshape(scores, [ROWS, WORDS, 4, 4, 2])
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    words = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))) % WORDS_OF_TILE
-    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    rows = gl.expand_dims(gl.expand_dims(rows, 1), 2)
-    words = gl.expand_dims(gl.expand_dims(words, 0), 2)
-    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
-    place = (query_in_tile + rows) * WORDS_OF_TILE + words
-    packed = gl.load(
-        bank + mask_id.to(gl.int64) * (TILE_SIZE * WORDS_OF_TILE) + place,
-        mask=place + mask_id >= place,
-        other=-1,
-    )
-    packed = packed & bits_between(words, key_begin, key_end)
-    return packed >> (2 * threads)
+    """What `apply_mask` takes, [rows, words, threads of a row], of one mask of `bank`, `TILE_SIZE x TILE_SIZE`; see `load_words`."""
+    words = load_words(
+        bank, mask_id, query_in_tile, word_numbers(scores), key_begin, key_end, scores,
+        TILE_SIZE, TILE_SIZE // 32,
+    )  # fmt: skip
+    return for_threads(words, scores)
 
 
 @gluon.jit
@@ -63,10 +77,7 @@ def read_mask(words, scores):
     WORDS: gl.constexpr = scores.shape[1] // 32
     parts = gl.reshape(scores, [ROWS, WORDS, 4, 4, 2])
     LAYOUT: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, parts.type.layout))
-    threads = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    threads = gl.expand_dims(gl.expand_dims(threads, 0), 1)
-    packed = words.load(gl.SliceLayout(2, LAYOUT))
-    return gl.expand_dims(packed, 2) >> (2 * threads)
+    return for_threads(gl.expand_dims(words.load(gl.SliceLayout(2, LAYOUT)), 2), scores)
 
 
 @gluon.jit

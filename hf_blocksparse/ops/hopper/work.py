@@ -78,6 +78,8 @@ DEALT_TO = 4
 LONG = 4
 # What a tile costs beside its steps, in steps.
 TILE_OVERHEAD = 1
+# Rows that `rows_kept` takes together: those of one warp.
+GROUP = 16
 # So many programs with tiles of 64 share a multiprocessor.
 PROGRAMS_OF_SMALL_TILES = 2
 
@@ -114,7 +116,13 @@ class ColumnSchedule:
 
 @triton.jit
 def describe_kernel(
-    records, items, table, lists, NUM_FIELDS: tl.constexpr, TILE_SIZE: tl.constexpr
+    records,
+    items,
+    table,
+    lists,
+    NUM_FIELDS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
 ):
     """Grid: (items, heads). Writes the record of one tile; its number of steps is 0 for an unused item.
 
@@ -131,10 +139,10 @@ def describe_kernel(
     batch, q_row, q_len, q_pos, kv_row, kv_len, kv_pos = load_sequence(table, sequence)
     begin, partial_begin, end = load_list(lists, sequence, head, tile)
     full_first, full_last, full_start, full_stop = clip_entries(
-        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_SIZE
+        lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, TILE_KV
     )
     partial_first, partial_last, partial_start, partial_stop = clip_entries(
-        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_SIZE
+        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, TILE_KV
     )
     partial_first -= partial_start
     num_partial = partial_last + partial_stop - partial_first
@@ -150,7 +158,7 @@ def describe_kernel(
     first = tl.where(is_empty, 0, tl.where(num_masked > 0, first_masked, full_first))
     tl.store(record, batch)
     tl.store(record + 1, head)
-    tl.store(record + 2, tile * TILE_SIZE - q_pos + q_row)
+    tl.store(record + 2, tile * TILE_Q - q_pos + q_row)
     tl.store(record + 3, q_row)
     tl.store(record + 4, q_row + q_len)
     tl.store(record + 5, kv_row - kv_pos)
@@ -252,6 +260,7 @@ def assign_kernel(costs, owners, num_tiles, num_programs, chunk, NUM_SLOTS: tl.c
 _schedules: Schedules = WeakKeyDictionary()
 _column_schedules: Schedules = WeakKeyDictionary()
 _transposed_banks: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
+_rows_kept: WeakKeyDictionary[BlockIndex, Tensor] = WeakKeyDictionary()
 
 
 def schedule_for(index: BlockIndex, sequences: Sequences, heads: int) -> Schedule:
@@ -318,18 +327,19 @@ def _deal_out(costs: Tensor, num_programs: int) -> tuple[Tensor, Tensor]:
 def make_schedule(
     index: BlockIndex, sequences: Sequences, heads: int, num_programs: int
 ) -> Schedule:
-    """Lists for `num_programs`, fewer where there are fewer tiles. `index` has square tiles and is not empty."""
+    """Lists for `num_programs`, fewer where there are fewer tiles. `index` is not empty."""
     if not sequences.is_transient:
         check_not_capturing(index.bank.device, "the schedule of these sequences")
-    tile = index.tile_q
-    items = sequences.q_items(tile)
+    items = sequences.q_items(index.tile_q)
     num_items = items.shape[0]
     records = items.new_empty(num_items * heads, RECORD)
     describe_kernel[(num_items, heads)](
-        records, items, sequences.table, tile_lists(index)[0], NUM_FIELDS=RECORD, TILE_SIZE=tile
-    )
+        records, items, sequences.table, tile_lists(index)[0],
+        NUM_FIELDS=RECORD, TILE_Q=index.tile_q, TILE_KV=index.tile_kv,
+    )  # fmt: skip
     steps = records[:, STEPS].long()
-    costs = torch.where(steps > 0, steps + TILE_OVERHEAD, 0)
+    overhead = TILE_OVERHEAD * index.tile_q // index.tile_kv  # in strips, where there are those
+    costs = torch.where(steps > 0, steps + overhead, 0)
     group = 1 + records[:, 0] * heads + records[:, 1]
     order = _order(group, steps, costs, sequences.batch * heads, num_programs)
     by_owner, offsets = _deal_out(costs[order], num_programs)
@@ -448,6 +458,27 @@ def transposed_bank(index: BlockIndex) -> Tensor:
         bank = build_to_keep(index.bank.device, lambda: _transpose(index.bank, index.tile_q))
         _transposed_banks[index] = bank
     return bank
+
+
+def rows_kept(index: BlockIndex) -> Tensor:
+    """Of each mask of an index of strips of 32 keys, int32: bit `g` is set where the query rows of group `g` keep the whole strip, if all
+    others keep none of it. Other masks have all bits set and one more."""
+    known = _rows_kept.get(index)
+    if known is None:
+        check_not_capturing(index.bank.device, "the masks of this layout")
+        known = build_to_keep(index.bank.device, lambda: _find_rows_kept(index))
+        _rows_kept[index] = known
+    return known
+
+
+@torch.inference_mode(False)
+def _find_rows_kept(index: BlockIndex) -> Tensor:
+    groups = index.tile_q // GROUP
+    words = index.bank.view(-1, groups, GROUP)
+    keeps, drops = (words == -1).all(2), (words == 0).all(2)
+    bits = 1 << torch.arange(groups, dtype=torch.int32, device=words.device)
+    kept = (keeps * bits).sum(1)
+    return torch.where((keeps | drops).all(1), kept, (2 << groups) - 1).int()
 
 
 @torch.inference_mode(False)
