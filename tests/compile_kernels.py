@@ -58,7 +58,7 @@ class Case:
     group_size: int = 4
     gathered: bool = False  # from strips
     members: int = 1  # heads whose rows fill a query tile
-    narrow: bool = False  # from strips, for one block of keys
+    narrow: bool = False  # from strips, for one block of queries or, for dK and dV, of keys
     in_parts: bool = False  # some key tiles in several programs
 
 
@@ -72,6 +72,8 @@ CASES = (
     Case("bf16", 128, 16, gathered=True, in_parts=True),
     Case("bf16", 128, 16, gathered=True, members=4),
     Case("bf16", 128, 16, narrow=True, in_parts=True),
+    Case("bf16", 128, 32, narrow=True),
+    Case("fp16", 64, 32, narrow=True, features=True),
     Case("fp16", 256, 16, gathered=True, members=2, features=True),
 )
 

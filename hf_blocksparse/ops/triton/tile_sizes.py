@@ -25,11 +25,15 @@ So strips are taken where their share of the tiles' coefficients is at most this
 0.76 to 0.79 forward and 0.86 to 0.89 backward (random 10 %, blocks of 32 and 16).
 """
 
-NARROW_RATES = {16: 0.4, 32: 0.6}
-"""The same for dK and dV in key tiles as narrow as a block, by their width: nothing is computed but what reads the block's keys.
+NARROW_RATES: dict[Direction, dict[int, float]] = {
+    "forward": {16: 0.33, 32: 0.45},
+    "grad_query": {16: 0.33, 32: 0.45},
+    "grad_key_value": {16: 0.4, 32: 0.6},
+}
+"""The same for tiles over one block: query tiles as high as a block, key tiles as narrow as one for dK and dV; by the block's size.
 
-On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient takes 2.2 and 1.4 times as long there as in a gathered
-tile of 64 keys.
+Nothing is computed but what one block keeps. On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient of dK and dV
+takes 2.2 and 1.4 times as long there as in a gathered tile of 64 keys.
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -144,9 +148,17 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
     ("sm_90", "grad_key_value", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
 }
 
-# With key tiles as narrow as a block: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
+# With query tiles as high as a block or, for dK and dV, key tiles as narrow as one: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
 # in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
+    ("sm_90", "forward", _HALF): {
+        64: {16: (16, 64, 2, 3), 32: (32, 128, 4, 2)},
+        128: {16: (16, 64, 2, 3), 32: (32, 128, 4, 2)},
+    },
+    ("sm_90", "grad_query", _HALF): {
+        64: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
+        128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
+    },
     ("sm_90", "grad_key_value", _HALF): {
         64: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
         128: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
@@ -237,7 +249,7 @@ def narrow_tile_sizes(
     element_bytes: int,
     block_size: int,
 ) -> TileSizes | None:
-    """Sizes for the same kernel with gathered tiles over one block of keys; None where none are known to be worth it.
+    """Sizes for the same kernel with gathered tiles over one block, of queries or for dK and dV of keys; None where none are known to be worth it.
 
     Arguments as of `tile_sizes`.
     """
