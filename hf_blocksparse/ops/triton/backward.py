@@ -495,7 +495,26 @@ def grad_key_value_kernel(
                 first, last = entries_of_part(0, num_steps, walked, part_begin, part_end)
                 first, last = first * STRIPS, tl.minimum(last * STRIPS, num_strips)
                 walked += num_steps
-            for place in tl.range(first, last, STRIPS):
+            num_whole = first
+            if TILE_KV <= STRIP:  # a strip that serves one block of keys is nearly always full
+                num_whole = tl.maximum(first, tl.minimum(last, num_full // STRIPS * STRIPS))
+                for place in tl.range(first, num_whole, STRIPS):
+                    strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
+                    query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
+                    query_tile = load_rows_at(
+                        query, batch, head, query_rows, HEAD_DIM, HEAD_DIM_PADDED
+                    )
+                    grad_out_tile = load_rows_at(
+                        grad_out, batch, head, query_rows, VALUE_DIM, VALUE_DIM_PADDED
+                    )
+                    log2_sum = tl.load(row_pointers(log2_sums, batch, head) + query_rows)
+                    delta = tl.load(row_pointers(deltas, batch, head) + query_rows)
+                    key_sum, value_sum = accumulate_grad_key_value(
+                        key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                        log2_sum, delta, None, key_rows, query_rows, batch_head,
+                        score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
+                    )  # fmt: skip
+            for place in tl.range(num_whole, last, STRIPS):
                 strips, mask_ids, exist = load_strips(
                     lists, place, full_first, num_full, partial_first, num_strips, STRIPS
                 )

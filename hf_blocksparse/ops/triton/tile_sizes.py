@@ -32,8 +32,8 @@ NARROW_RATES: dict[Direction, dict[int, float]] = {
 }
 """The same for tiles over one block: query tiles as high as a block, key tiles as narrow as one for dK and dV; by the block's size.
 
-Nothing is computed but what one block keeps. On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient of dK and dV
-takes 2.2 and 1.4 times as long there as in a gathered tile of 64 keys.
+Nothing is computed but what one block keeps. On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient of dK and
+dV takes 2.2 and 1.4 times as long there as in a gathered tile of 64 keys.
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -148,8 +148,9 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
     ("sm_90", "grad_key_value", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
 }
 
-# With query tiles as high as a block or, for dK and dV, key tiles as narrow as one: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
-# in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
+# With query tiles as high as a block or, for dK and dV, key tiles as narrow as one:
+# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Those of dK and dV were, of 64 and 128 queries in 4 warps, and 128
+# in 8, the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
     ("sm_90", "forward", _HALF): {
         64: {16: (16, 64, 2, 3), 32: (32, 128, 4, 2)},
@@ -249,7 +250,7 @@ def narrow_tile_sizes(
     element_bytes: int,
     block_size: int,
 ) -> TileSizes | None:
-    """Sizes for the same kernel with gathered tiles over one block, of queries or for dK and dV of keys; None where none are known to be worth it.
+    """Sizes for the same kernel with gathered tiles over one block, for dK and dV of keys; None where none are known to be worth it.
 
     Arguments as of `tile_sizes`.
     """
