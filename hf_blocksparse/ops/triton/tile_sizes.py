@@ -149,20 +149,19 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
 }
 
 # With query tiles as high as a block or, for dK and dV, key tiles as narrow as one:
-# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Those of dK and dV were, of 64 and 128 queries in 4 warps, and 128
-# in 8, the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
+# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
     ("sm_90", "forward", _HALF): {
-        64: {16: (16, 64, 2, 3), 32: (32, 128, 4, 2)},
-        128: {16: (16, 64, 2, 3), 32: (32, 128, 4, 2)},
+        64: {16: (16, 64, 1, 3), 32: (32, 64, 2, 5)},
+        128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
     },
     ("sm_90", "grad_query", _HALF): {
         64: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
         128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
     },
     ("sm_90", "grad_key_value", _HALF): {
-        64: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
-        128: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
+        64: {16: (64, 16, 2, 3), 32: (64, 32, 2, 3)},
+        128: {16: (64, 16, 2, 3), 32: (128, 32, 4, 3)},
     },
 }
 
