@@ -1,6 +1,5 @@
 """The Triton kernels against dense attention in float64: in the interpreter without a GPU, on the GPU with `-m gpu`."""
 
-from collections import defaultdict
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -283,7 +282,7 @@ def narrow_tiles(monkeypatch):
     launch_as_ever, sizes_as_ever = launch.launch, launch.narrow_tile_sizes
     monkeypatch.setattr(launch, "launch", launch_and_note)
     monkeypatch.setattr(launch, "narrow_tile_sizes", sizes)
-    monkeypatch.setattr(launch, "NARROW_RATES", defaultdict(lambda: {16: WHEREVER, 32: WHEREVER}))
+    monkeypatch.setattr(launch, "narrow_rate", lambda *_: WHEREVER)
     return used
 
 
@@ -429,7 +428,7 @@ def test_heads_fill_a_tile_together_where_each_could_have_a_narrow_one(
 ):
     """Both kinds have strips of one shape; heads with lists of their own have narrow tiles."""
     monkeypatch.setattr(launch, "GATHERED_RATE", 0.75)
-    monkeypatch.setattr(launch, "NARROW_RATES", defaultdict(lambda: {16: 0.6}))
+    monkeypatch.setattr(launch, "narrow_rate", lambda *_: 0.6)
     packed = PACKED["four heads, blocks of 16"][1]
     check(packed, device)
     assert members_used == {4}

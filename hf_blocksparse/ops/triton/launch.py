@@ -36,11 +36,11 @@ from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
     GATHERED_RATE,
-    NARROW_RATES,
     Direction,
     TileSizes,
     backend_of,
     gathered_tile_sizes,
+    narrow_rate,
     narrow_tile_sizes,
     tile_sizes,
 )
@@ -481,7 +481,7 @@ def _sizes_and_index(
     kinds = [(Strips(*gathered.index_shape(direction), GATHERED_RATE), gathered)]
     narrow = narrow_tile_sizes(*facts)
     if narrow is not None:
-        rate = NARROW_RATES[direction][problem.block_size]
+        rate = narrow_rate(direction, query.shape[-1], value.shape[-1], problem.block_size)
         kinds.append((Strips(*narrow.index_shape(direction), rate), narrow))
     group_size = query.shape[1] // key.shape[1]
     if direction != "grad_key_value" and group_size > 1:  # there the heads are walked one by one

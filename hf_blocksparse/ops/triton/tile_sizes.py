@@ -2,8 +2,8 @@
 
 Chosen by architecture, direction, head size, element size and the layout's grain. A tile as large as a block keeps
 tile efficiency at one; larger blocks and token-exact layouts get the tiles that keep the tensor cores busiest. Blocks
-below 64 get tiles of 64, which run faster than small tiles would: either tiles of the grid, each the union of its blocks,
-or tiles gathered from strips as wide as a block, where those leave out enough (see `GATHERED_RATE`).
+below 64 get tiles of 64, each the union of its blocks, which compute faster than small tiles do; or, where those leave out
+enough, tiles gathered from strips as wide as a block (see `GATHERED_RATE`) or tiles over one block (see `NARROW_RATES`).
 
 The rows for sm_90 and head sizes 64 and 128 were picked from trials on an NVIDIA H200 with Triton 3.6, of which no record is
 kept. The other rows fit shared memory and are not measured yet. `scripts/tune.py` measures rows against their neighbours on the GPU it
@@ -25,15 +25,18 @@ So strips are taken where their share of the tiles' coefficients is at most this
 0.76 to 0.79 forward and 0.86 to 0.89 backward (random 10 %, blocks of 32 and 16).
 """
 
-NARROW_RATES: dict[Direction, dict[int, float]] = {
-    "forward": {16: 0.33, 32: 0.45},
-    "grad_query": {16: 0.33, 32: 0.45},
-    "grad_key_value": {16: 0.4, 32: 0.6},
+_NARROW_QUERIES = {64: {16: 0.45, 32: 0.55}, 128: {16: 0.32, 32: 0.48}}
+NARROW_RATES: dict[Direction, dict[int, dict[int, float]]] = {
+    "forward": _NARROW_QUERIES,
+    "grad_query": _NARROW_QUERIES,  # equal, so that a call has one index for both
+    "grad_key_value": {64: {16: 0.6, 32: 0.7}, 128: {16: 0.49, 32: 0.6}},
 }
-"""The same for tiles over one block: query tiles as high as a block, key tiles as narrow as one for dK and dV; by the block's size.
+"""The same for tiles over one block, which hold nothing but what it keeps: query tiles as high as a block, or for dK and dV key tiles as
+narrow as one.
 
-Nothing is computed but what one block keeps. On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient of dK and
-dV takes 2.2 and 1.4 times as long there as in a gathered tile of 64 keys.
+By the largest padded head size and the block's size, for the sizes in `_NARROW`. An NVIDIA H200 gave, at random 10 %, 0.47, 0.69, 0.32 and
+0.48 for queries in this order, and at 25 % 0.02 to 0.07 more. That of blocks of 32 and head size 64 is lower, so that three heads with one
+layout fill a tile for four together (`GATHERED_RATE` * 3 / 4), which is faster.
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -149,18 +152,19 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
 }
 
 # With query tiles as high as a block or, for dK and dV, key tiles as narrow as one:
-# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}.
+# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of those in docs/tuning.md the fastest on an NVIDIA H200,
+# or within 4 % of them and free of spills.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
     ("sm_90", "forward", _HALF): {
-        64: {16: (16, 64, 1, 3), 32: (32, 64, 2, 5)},
+        64: {16: (16, 32, 1, 5), 32: (32, 32, 1, 3)},
         128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
     },
     ("sm_90", "grad_query", _HALF): {
-        64: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
+        64: {16: (16, 32, 1, 5), 32: (32, 32, 1, 5)},
         128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
     },
     ("sm_90", "grad_key_value", _HALF): {
-        64: {16: (64, 16, 2, 3), 32: (64, 32, 2, 3)},
+        64: {16: (64, 16, 1, 3), 32: (64, 32, 2, 3)},
         128: {16: (64, 16, 2, 3), 32: (128, 32, 4, 3)},
     },
 }
@@ -256,3 +260,8 @@ def narrow_tile_sizes(
     known = _NARROW.get((family_of(backend, capability), direction, element_bytes), {})
     sizes = known.get(_size_class(head_dim, value_dim), {}).get(block_size)
     return None if sizes is None else TileSizes(*sizes, strip=block_size)
+
+
+def narrow_rate(direction: Direction, head_dim: int, value_dim: int, block_size: int) -> float:
+    """The rate in `NARROW_RATES` of sizes that `narrow_tile_sizes` knows."""
+    return NARROW_RATES[direction][_size_class(head_dim, value_dim)][block_size]
