@@ -2,14 +2,18 @@
 
     python tests/compile_kernels.py sm_90
 
-prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory and
-the sizes of its parameters as the package lays them out and as the PTX declares them.
+prints one JSON line per kernel: its case, tile sizes, the shared memory of one program and, on NVIDIA chips, the tensor memory, the bytes
+of registers that a thread spills (null where the compiler's cache had the kernel) and the sizes of its parameters as the package lays them
+out and as the PTX declares them.
 A program of its own because Triton decides at import whether it interprets or compiles.
 """
 
 import json
+import re
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from typing import Any
 
 import triton
@@ -58,7 +62,7 @@ class Case:
     group_size: int = 4
     gathered: bool = False  # from strips
     members: int = 1  # heads whose rows fill a query tile
-    narrow: bool = False  # from strips, for one block of keys
+    narrow: bool = False  # from strips, for one block of queries or, for dK and dV, of keys
     in_parts: bool = False  # some key tiles in several programs
 
 
@@ -72,6 +76,9 @@ CASES = (
     Case("bf16", 128, 16, gathered=True, in_parts=True),
     Case("bf16", 128, 16, gathered=True, members=4),
     Case("bf16", 128, 16, narrow=True, in_parts=True),
+    Case("bf16", 128, 32, narrow=True),
+    Case("bf16", 64, 16, narrow=True),
+    Case("fp16", 64, 32, narrow=True, features=True),
     Case("fp16", 256, 16, gathered=True, members=2, features=True),
 )
 
@@ -209,9 +216,12 @@ def compile_kernel(
     ordered = {
         name: signature(arguments[name], (place,)) for place, name in enumerate(kernel.arg_names)
     }
-    return triton.compile(
-        ASTSource(kernel, ordered, constants, attributes), target=target, options=options
-    )
+    with redirect_stdout(StringIO()) as log:
+        compiled = triton.compile(
+            ASTSource(kernel, ordered, constants, attributes), target=target, options=options
+        )
+    compiled.ptxas_log = log.getvalue()
+    return compiled
 
 
 def partials() -> Partials:
@@ -303,12 +313,14 @@ def compile_add_parts(target: GPUTarget, case: Case, sizes: TileSizes) -> Any:
 def print_record(
     kernel: str, case: Case, sizes: TileSizes | DecodeSizes, compiled: Any, **more: Any
 ) -> None:
+    spilled = re.findall(r"(\d+) bytes spill stores", compiled.ptxas_log)
     record = {
         "kernel": kernel,
         "case": asdict(case) | more,
         "sizes": asdict(sizes),
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None),
+        "spilled_bytes": sum(map(int, spilled)) if spilled else None,
     }
     if compiled.metadata.target.backend == "cuda":
         record |= {"laid_out": sizes_laid_out(compiled), "declared": sizes_in_ptx(compiled)}
@@ -316,6 +328,7 @@ def print_record(
 
 
 def main(name: str) -> None:
+    triton.knobs.nvidia.dump_ptxas_log = True
     target = TARGETS[name]
     has_descriptors = target.backend == "cuda" and target.arch >= 90
     capability = target.arch if target.backend == "cuda" else 0

@@ -264,53 +264,55 @@ def test_gathered_tiles_match_dense_attention_in_bfloat16(name, strips_used):
 
 
 @pytest.fixture
-def narrow_key_tiles(monkeypatch):
-    """How wide the key tiles of dK and dV were, which are one block's wherever strips are taken."""
+def narrow_tiles(monkeypatch):
+    """How long the shorter side of every kernel's tiles was, which is that of one block wherever strips are taken."""
 
     def sizes(backend, capability, direction, *rest):
-        is_known = direction == "grad_key_value"
-        return TileSizes(64, rest[-1], 4, 3, strip=rest[-1]) if is_known else None
+        block_size = rest[-1]
+        tile = (64, block_size) if direction == "grad_key_value" else (block_size, 64)
+        known = sizes_as_ever(backend, capability, direction, *rest)
+        return known or TileSizes(*tile, 4, 3, strip=block_size)
 
     def launch_and_note(kernel, grid, arguments, constants, options):
-        if kernel is launch.grad_key_value_kernel:
-            used.add(constants["TILE_KV"])
+        if "STRIP" in constants:
+            used.add(min(constants["TILE_Q"], constants["TILE_KV"]))
         launch_as_ever(kernel, grid, arguments, constants, options)
 
     used = set()
-    launch_as_ever = launch.launch
+    launch_as_ever, sizes_as_ever = launch.launch, launch.narrow_tile_sizes
     monkeypatch.setattr(launch, "launch", launch_and_note)
     monkeypatch.setattr(launch, "narrow_tile_sizes", sizes)
-    monkeypatch.setattr(launch, "NARROW_RATES", {16: WHEREVER, 32: WHEREVER})
+    monkeypatch.setattr(launch, "narrow_rate", lambda *_: WHEREVER)
     return used
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", GATHERED)
-def test_narrow_key_tiles_match_dense_attention_in_float32(
-    name, device, strips_used, tiles_of_64, narrow_key_tiles
+def test_narrow_tiles_match_dense_attention_in_float32(
+    name, device, strips_used, tiles_of_64, narrow_tiles
 ):
     scenario = GATHERED[name]
     check(scenario, device)
-    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+    assert strips_used == {scenario.layout.grain} == narrow_tiles
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", GATHERED)
-def test_narrow_key_tiles_match_dense_attention_on_tensor_cores(
-    name, head_dim, dtype, strips_used, narrow_key_tiles
+def test_narrow_tiles_match_dense_attention_on_tensor_cores(
+    name, head_dim, dtype, strips_used, narrow_tiles
 ):
     scenario = replace(GATHERED[name], head_dim=head_dim, value_dim=None, dtype=dtype)
     check(scenario, "cuda")
-    assert strips_used == {scenario.layout.grain} == narrow_key_tiles
+    assert strips_used == {scenario.layout.grain} == narrow_tiles
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_long_columns_of_narrow_key_tiles_in_parts_match_dense_attention(
-    device, strips_used, tiles_of_64, narrow_key_tiles, in_parts
+    device, strips_used, tiles_of_64, narrow_tiles, in_parts
 ):
     check(GATHERED["whole columns and rows, documents"], device)
-    assert narrow_key_tiles == {16} and in_parts
+    assert narrow_tiles == {16} and in_parts
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -418,6 +420,22 @@ def test_packed_heads_match_dense_attention_in_float32(name, device, members_use
     members, scenario = PACKED[name]
     check(scenario, device)
     assert members_used == {members}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_fill_a_tile_together_where_each_could_have_a_narrow_one(
+    device, members_used, tiles_of_64, narrow_tiles, monkeypatch
+):
+    """Both kinds have strips of one shape; heads with lists of their own have narrow tiles."""
+    monkeypatch.setattr(launch, "GATHERED_RATE", 0.75)
+    monkeypatch.setattr(launch, "narrow_rate", lambda *_: 0.6)
+    packed = PACKED["four heads, blocks of 16"][1]
+    check(packed, device)
+    assert members_used == {4}
+    members_used.clear()
+    narrow_tiles.clear()
+    check(replace(packed, layout=SCATTERED_16, heads=4, kv_heads=1), device)
+    assert members_used == {1} and narrow_tiles == {16}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -209,14 +209,30 @@ def grad_query_kernel(
                 dropout, INPUT_PRECISION,
             )  # fmt: skip
     else:
+        STRIPS: tl.constexpr = TILE_KV // STRIP
         partial_first, partial_last, partial_start, partial_stop = clip_entries(
             lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
         )
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
-        for place in tl.range(0, num_strips, TILE_KV // STRIP):
+        num_whole = 0
+        if TILE_Q <= STRIP:  # a strip that serves one block of queries is nearly always full
+            num_whole = num_full // STRIPS * STRIPS
+            for place in tl.range(0, num_whole, STRIPS):
+                strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
+                key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
+                key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
+                value_tile = load_rows_at(
+                    value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED
+                )
+                accumulator = accumulate_grad_query(
+                    accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
+                    query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope,
+                    position_shift, dropout, INPUT_PRECISION,
+                )  # fmt: skip
+        for place in tl.range(num_whole, num_strips, STRIPS):
             strips, mask_ids, exist = load_strips(
-                lists, place, full_first, num_full, partial_first, num_strips, TILE_KV // STRIP
+                lists, place, full_first, num_full, partial_first, num_strips, STRIPS
             )
             kept = load_strip_bits(
                 lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False, MEMBERS
@@ -479,7 +495,26 @@ def grad_key_value_kernel(
                 first, last = entries_of_part(0, num_steps, walked, part_begin, part_end)
                 first, last = first * STRIPS, tl.minimum(last * STRIPS, num_strips)
                 walked += num_steps
-            for place in tl.range(first, last, STRIPS):
+            num_whole = first
+            if TILE_KV <= STRIP:  # a strip that serves one block of keys is nearly always full
+                num_whole = tl.maximum(first, tl.minimum(last, num_full // STRIPS * STRIPS))
+                for place in tl.range(first, num_whole, STRIPS):
+                    strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
+                    query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
+                    query_tile = load_rows_at(
+                        query, batch, head, query_rows, HEAD_DIM, HEAD_DIM_PADDED
+                    )
+                    grad_out_tile = load_rows_at(
+                        grad_out, batch, head, query_rows, VALUE_DIM, VALUE_DIM_PADDED
+                    )
+                    log2_sum = tl.load(row_pointers(log2_sums, batch, head) + query_rows)
+                    delta = tl.load(row_pointers(deltas, batch, head) + query_rows)
+                    key_sum, value_sum = accumulate_grad_key_value(
+                        key_sum, value_sum, key_tile, value_tile, query_tile, grad_out_tile,
+                        log2_sum, delta, None, key_rows, query_rows, batch_head,
+                        score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
+                    )  # fmt: skip
+            for place in tl.range(num_whole, last, STRIPS):
                 strips, mask_ids, exist = load_strips(
                     lists, place, full_first, num_full, partial_first, num_strips, STRIPS
                 )

@@ -199,7 +199,8 @@ def forward_kernel(
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
         num_whole = 0
-        if MEMBERS > 1:  # where a strip serves one block of queries, nearly all are full
+        # A strip that serves one block of queries is nearly always full.
+        if MEMBERS > 1 or QUERIES <= STRIP:
             num_whole = num_full // STRIPS * STRIPS
             for place in tl.range(0, num_whole, STRIPS):
                 strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))

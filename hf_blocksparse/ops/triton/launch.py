@@ -6,6 +6,7 @@ Imports Triton, so it is itself imported at the first call only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -35,11 +36,11 @@ from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
     GATHERED_RATE,
-    NARROW_RATES,
     Direction,
     TileSizes,
     backend_of,
     gathered_tile_sizes,
+    narrow_rate,
     narrow_tile_sizes,
     tile_sizes,
 )
@@ -477,19 +478,32 @@ def _sizes_and_index(
     sizes, gathered = tile_sizes(*facts), gathered_tile_sizes(*facts)
     if gathered is None:
         return sizes, problem.index_for(sizes.tile_q, sizes.tile_kv)
+    kinds = [(Strips(*gathered.index_shape(direction), GATHERED_RATE), gathered)]
     narrow = narrow_tile_sizes(*facts)
-    group_size = query.shape[1] // key.shape[1]
-    strips = (Strips(*gathered.index_shape(direction), GATHERED_RATE),)
     if narrow is not None:
-        strips += (Strips(*narrow.index_shape(direction), NARROW_RATES[narrow.tile_kv]),)
+        rate = narrow_rate(direction, query.shape[-1], value.shape[-1], problem.block_size)
+        kinds.append((Strips(*narrow.index_shape(direction), rate), narrow))
+    group_size = query.shape[1] // key.shape[1]
     if direction != "grad_key_value" and group_size > 1:  # there the heads are walked one by one
-        strips += (Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size),)
-    index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, strips)
-    shape = index.tile_q, index.tile_kv
-    if shape == (sizes.tile_q, sizes.tile_kv):
-        return sizes, index
-    is_narrow = narrow is not None and shape == narrow.index_shape(direction)
-    return narrow if is_narrow else gathered, index
+        strips = Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size)
+        kinds.append((strips, gathered))
+    index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, tuple(kind for kind, _ in kinds))
+    return _kind_of_index(index, kinds) or sizes, index
+
+
+def _kind_of_index(
+    index: BlockIndex, kinds: Sequence[tuple[Strips, TileSizes]]
+) -> TileSizes | None:
+    """The sizes of the kind of strips that an index is of; None for whole tiles.
+
+    Narrow tiles of one head and packed heads may have strips of one shape. The index was then chosen for the faster kind.
+    """
+    found = []
+    for strips, sizes in kinds:
+        shape = strips.shape(index.heads_per_list)
+        if shape is not None and shape[:2] == (index.tile_q, index.tile_kv):
+            found.append((strips.max_share / shape[2], sizes))
+    return max(found, key=lambda each: each[0])[1] if found else None
 
 
 class Packing(NamedTuple):

@@ -2,8 +2,8 @@
 
 Chosen by architecture, direction, head size, element size and the layout's grain. A tile as large as a block keeps
 tile efficiency at one; larger blocks and token-exact layouts get the tiles that keep the tensor cores busiest. Blocks
-below 64 get tiles of 64, which run faster than small tiles would: either tiles of the grid, each the union of its blocks,
-or tiles gathered from strips as wide as a block, where those leave out enough (see `GATHERED_RATE`).
+below 64 get tiles of 64, each the union of its blocks, which compute faster than small tiles do; or, where those leave out
+enough, tiles gathered from strips as wide as a block (see `GATHERED_RATE`) or tiles over one block (see `NARROW_RATES`).
 
 The rows for sm_90 and head sizes 64 and 128 were picked from trials on an NVIDIA H200 with Triton 3.6, of which no record is
 kept. The other rows fit shared memory and are not measured yet. `scripts/tune.py` measures rows against their neighbours on the GPU it
@@ -25,11 +25,18 @@ So strips are taken where their share of the tiles' coefficients is at most this
 0.76 to 0.79 forward and 0.86 to 0.89 backward (random 10 %, blocks of 32 and 16).
 """
 
-NARROW_RATES = {16: 0.4, 32: 0.6}
-"""The same for dK and dV in key tiles as narrow as a block, by their width: nothing is computed but what reads the block's keys.
+_NARROW_QUERIES = {64: {16: 0.45, 32: 0.55}, 128: {16: 0.32, 32: 0.48}}
+NARROW_RATES: dict[Direction, dict[int, dict[int, float]]] = {
+    "forward": _NARROW_QUERIES,
+    "grad_query": _NARROW_QUERIES,  # equal, so that a call has one index for both
+    "grad_key_value": {64: {16: 0.6, 32: 0.7}, 128: {16: 0.49, 32: 0.6}},
+}
+"""The same for tiles over one block, which hold nothing but what it keeps: query tiles as high as a block, or for dK and dV key tiles as
+narrow as one.
 
-On an NVIDIA H200, random 10 % of blocks of 16 and 32, head size 128, a coefficient takes 2.2 and 1.4 times as long there as in a gathered
-tile of 64 keys.
+By the largest padded head size and the block's size, for the sizes in `_NARROW`. An NVIDIA H200 gave, at random 10 %, 0.47, 0.69, 0.32 and
+0.48 for queries in this order, and at 25 % 0.02 to 0.07 more. That of blocks of 32 and head size 64 is lower, so that three heads with one
+layout fill a tile for four together (`GATHERED_RATE` * 3 / 4): by the times of four heads they are no slower, and forward faster.
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
@@ -144,12 +151,21 @@ _GATHERED: dict[tuple[str, Direction, int], dict[int, tuple[int, int, int, int]]
     ("sm_90", "grad_key_value", _HALF): {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
 }
 
-# With key tiles as narrow as a block: {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of 64 and 128 queries
-# in 4 warps, and 128 in 8, these were the fastest on an NVIDIA H200 at head size 128, and at 64 with blocks of 32; the fourth was not run.
+# With query tiles as high as a block or, for dK and dV, key tiles as narrow as one:
+# {largest padded head size: {grain: (tile_q, tile_kv, num_warps, num_stages)}}. Of those in docs/tuning.md the fastest on an NVIDIA H200,
+# or within 4 % of them and free of spills.
 _NARROW: dict[tuple[str, Direction, int], dict[int, dict[int, tuple[int, int, int, int]]]] = {
+    ("sm_90", "forward", _HALF): {
+        64: {16: (16, 32, 1, 5), 32: (32, 32, 1, 3)},
+        128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
+    },
+    ("sm_90", "grad_query", _HALF): {
+        64: {16: (16, 32, 1, 5), 32: (32, 32, 1, 5)},
+        128: {16: (16, 64, 2, 3), 32: (32, 64, 2, 3)},
+    },
     ("sm_90", "grad_key_value", _HALF): {
-        64: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
-        128: {16: (128, 16, 4, 3), 32: (128, 32, 4, 3)},
+        64: {16: (64, 16, 1, 3), 32: (64, 32, 2, 3)},
+        128: {16: (64, 16, 2, 3), 32: (128, 32, 4, 3)},
     },
 }
 
@@ -237,10 +253,15 @@ def narrow_tile_sizes(
     element_bytes: int,
     block_size: int,
 ) -> TileSizes | None:
-    """Sizes for the same kernel with gathered tiles over one block of keys; None where none are known to be worth it.
+    """Sizes for the same kernel with gathered tiles over one block, for dK and dV of keys; None where none are known to be worth it.
 
     Arguments as of `tile_sizes`.
     """
     known = _NARROW.get((family_of(backend, capability), direction, element_bytes), {})
     sizes = known.get(_size_class(head_dim, value_dim), {}).get(block_size)
     return None if sizes is None else TileSizes(*sizes, strip=block_size)
+
+
+def narrow_rate(direction: Direction, head_dim: int, value_dim: int, block_size: int) -> float:
+    """The rate in `NARROW_RATES` of sizes that `narrow_tile_sizes` knows."""
+    return NARROW_RATES[direction][_size_class(head_dim, value_dim)][block_size]
