@@ -25,6 +25,7 @@ from hf_blocksparse import BigBird, Dense, Layout, SlidingWindow, TensorLayout
 from hf_blocksparse.block_index import get_index
 from hf_blocksparse.ops import hopper
 from hf_blocksparse.ops.problem import Problem
+from hf_blocksparse.ops.triton import launch
 from hf_blocksparse.sequences import Sequences
 
 TILE, STRIP = hopper.SMALL_TILE, hopper.STRIP
@@ -181,25 +182,23 @@ def deterministic_algorithms():
         torch.use_deterministic_algorithms(False)
 
 
-CHOICES = {
-    "causal": (Dense(), (128, 128)),
-    "narrow window": (SlidingWindow(128), (64, 64)),
-    "wide window": (SlidingWindow(700), (128, 128)),
-    "random 128": (random_blocks(4, 2048, 128, 0.25, 0), (128, 128)),
-    "random 64": (random_blocks(4, 2048, 64, 0.25, 0), (64, 64)),
-    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32)),
-    "random 32, dense": (random_blocks(4, 2048, 32, 0.6, 0), (128, 128)),
-    "random 16": (random_blocks(4, 2048, 16, 0.1, 0), (64, 16)),
-    "bigbird 64": (BigBird(64), (64, 64)),
-    "window 64": (
-        BigBird(64, window_blocks=33, global_blocks=0, random_blocks=0),
-        (128, 128),
-    ),
-    "window 16": (
-        BigBird(16, window_blocks=129, global_blocks=0, random_blocks=0),
-        (128, 128),
-    ),
-    "pairs of 32": (crossing(4, 32, 64), (64, 64)),
+WHOLE = (128, 128)
+CHOICES = {  # tiles forward, and backward
+    "causal": (Dense(), WHOLE, WHOLE),
+    "narrow window": (SlidingWindow(128), (64, 64), (64, 64)),
+    "wide window": (SlidingWindow(700), WHOLE, WHOLE),
+    "random 128": (random_blocks(4, 2048, 128, 0.25, 0), WHOLE, WHOLE),
+    "random 64": (random_blocks(4, 2048, 64, 0.25, 0), (64, 64), (64, 64)),
+    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32), (32, 32)),
+    "random 32, dense": (random_blocks(4, 2048, 32, 0.5, 0), (64, 32), WHOLE),
+    "random 16": (random_blocks(4, 2048, 16, 0.1, 0), (16, 16), (16, 16)),
+    "random 16, dense": (random_blocks(4, 2048, 16, 0.4, 0), WHOLE, WHOLE),
+    "bigbird 64": (BigBird(64), (64, 64), (64, 64)),
+    "bigbird 32": (BigBird(32), (64, 32), (64, 32)),
+    "window 64": (BigBird(64, window_blocks=33, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
+    "window 32": (BigBird(32, window_blocks=65, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
+    "window 16": (BigBird(16, window_blocks=129, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
+    "pairs of 32": (crossing(4, 32, 64), (64, 64), (64, 64)),
 }
 
 
@@ -224,12 +223,32 @@ def problem_that_chooses(layout: Layout) -> Problem:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_layouts_take_the_tiles_that_are_fastest(name):
-    layout, shape = CHOICES[name]
+    layout, *shapes = CHOICES[name]
     problem = problem_that_chooses(layout)
-    index = hopper._index_of_forward(problem, 1)
-    assert (index.tile_q, index.tile_kv) == shape
-    assert hopper._index_of_backward(problem, 1) is index
-    assert index is problem.index_for(*shape), "the portable kernels would hold another one"
+    choices = (hopper._index_of_forward, hopper._index_of_backward)
+    for choose, shape in zip(choices, shapes, strict=True):
+        index = choose(problem, 128, 1)
+        assert (index.tile_q, index.tile_kv) == shape
+        assert index is problem.index_for(*shape), "the portable kernels would hold another one"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", [name for name in CHOICES if "16" in name or "32" in name])
+def test_strips_are_those_that_the_portable_kernels_choose(name, head_dim, monkeypatch):
+    """Where these kernels leave a call to the portable ones, the index that said so is the one that those take."""
+    monkeypatch.setattr(launch, "backend_of", lambda device: ("cuda", 90))
+    problem = problem_that_chooses(CHOICES[name][0])
+    rows = torch.empty(1, 4, 2048, head_dim, dtype=torch.bfloat16, device="meta")
+
+    def takes(direction):
+        return launch._sizes_and_index(rows, rows, rows, problem, direction)[1]
+
+    forward = hopper._index_of_forward(problem, head_dim, 1)
+    backward = hopper._index_of_backward(problem, head_dim, 1)
+    if forward.tile_kv < hopper.STRIP:
+        assert takes("forward") is forward
+    if backward.tile_kv < TILE:
+        assert takes("grad_query") is backward
 
 
 @pytest.mark.parametrize(
@@ -243,28 +262,32 @@ def test_layouts_take_the_tiles_that_are_fastest(name):
 def test_scattered_blocks_that_a_group_shares_are_packed(density, forward, backward):
     """Up to a density of their own for each direction."""
     problem = problem_that_chooses(random_blocks(1, 2048, 16, density, 0))
-    chosen = hopper._index_of_forward(problem, 4), hopper._index_of_backward(problem, 4)
+    chosen = (
+        hopper._index_of_forward(problem, 128, 4),
+        hopper._index_of_backward(problem, 128, 4),
+    )
     assert [(index.tile_q, index.tile_kv) for index in chosen] == [forward, backward]
     for index in chosen:
-        assert hopper._is_of_tiles(index) == (index.tile_q == 128)
+        is_own = hopper._is_of_these_kernels(index, hopper.STRIP)
+        assert is_own == (index.tile_q == 128)
 
 
 def test_heads_with_lists_of_their_own_are_not_taken_for_packed():
-    """Their strips hold 0.68 of the tiles of 128, too much for strips of one head and not too much for packed ones."""
-    problem = problem_that_chooses(random_blocks(4, 2048, 16, 0.25, 0))
-    index = hopper._index_of_forward(problem, 4)
+    """What they keep is 0.4 of the tiles of 128, too much for strips of one head and not too much for packed ones."""
+    problem = problem_that_chooses(CHOICES["random 16, dense"][0])
+    index = hopper._index_of_forward(problem, 128, 4)
     assert (index.tile_q, index.tile_kv) == (128, 128)
 
 
 @pytest.mark.parametrize("name", ["random 128", "window 64", "random 16"])
 def test_deterministic_algorithms_have_a_backward_in_tiles_of_64(name):
-    layout, shape = CHOICES[name]
+    layout, shape, _ = CHOICES[name]
     problem = problem_that_chooses(layout)
     with deterministic_algorithms():
-        forward = hopper._index_of_forward(problem, 1)
-        backward = hopper._index_of_backward(problem, 1)
+        forward = hopper._index_of_forward(problem, 128, 1)
+        backward = hopper._index_of_backward(problem, 128, 1)
     assert (forward.tile_q, forward.tile_kv) == shape
-    assert (backward.tile_q, backward.tile_kv) == ((64, 16) if name == "random 16" else (64, 64))
+    assert (backward.tile_q, backward.tile_kv) == ((16, 16) if name == "random 16" else (64, 64))
 
 
 SMALL_WALKED = (*WALKED, "three tiles, causal", "a long column")

@@ -21,6 +21,12 @@ from torch import Tensor
 
 from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
+from hf_blocksparse.ops.triton.tile_sizes import (
+    GATHERED_RATE,
+    Direction,
+    narrow_rate,
+    narrow_tile_sizes,
+)
 from hf_blocksparse.sequences import Sequences
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,10 +37,17 @@ SMALL_RATE = 0.85
 
 On an NVIDIA H200 it is 0.76 to 0.89 forward and 0.98 to 1.07 backward for windows of 128 to 1,024 tokens, 0.87 to 0.91 and 0.84 to 0.90 for
 blocks of 64 and 128, 1.07 and 0.72 where every tile has a mask."""
-GATHERED_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
+STRIP_RATE = 0.9
+"""The same for strips of `STRIP` keys, which one of these kernels gathers, forward, beside tiles of 128.
+
+On an NVIDIA H200 it is 1.3 to 1.4 where every tile of 128 has a mask, and 0.8 for windows, whose tiles have none and whose strips hold 0.95
+of them."""
+GATHERED_FORWARD_RATE = 0.7
+GATHERED_BACKWARD_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
 """Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
 
-On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both."""
+On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both. Their
+narrow tiles come at `narrow_rate` beside their gathered ones."""
 PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
 """The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
 
@@ -64,7 +77,10 @@ def takes_forward(
     return (
         not problem.portable
         and not unsupported_forward(query, key, value, sinks, problem, alibi_slopes)
-        and _index_of_forward(problem, query.shape[1] // key.shape[1]).tile_q >= SMALL_TILE
+        and _is_of_these_kernels(
+            _index_of_forward(problem, query.shape[3], query.shape[1] // key.shape[1]),
+            narrowest=STRIP,
+        )
     )
 
 
@@ -80,35 +96,70 @@ def takes_backward(
     return (
         not problem.portable
         and not unsupported_backward(query, key, value, sinks, problem, alibi_slopes)
-        and _index_of_backward(problem, query.shape[1] // key.shape[1]).tile_kv >= SMALL_TILE
+        and _is_of_these_kernels(
+            _index_of_backward(problem, query.shape[3], query.shape[1] // key.shape[1]),
+            narrowest=SMALL_TILE,
+        )
     )
 
 
-def _index_of(problem: Problem, largest: int, group_size: int, packed_rate: float) -> BlockIndex:
-    """The index for tiles of 64 or 128, whichever these kernels are faster with, or of strips where the portable kernels win with those.
+def _is_of_these_kernels(index: BlockIndex, narrowest: int) -> bool:
+    return index.tile_q >= SMALL_TILE and index.tile_kv >= narrowest
 
-    `largest`: side of the tiles that may be chosen; `packed_rate`: of strips whose tiles the `group_size` heads of a group fill together.
-    """
-    block_size = problem.block_size
-    if 1 < block_size < SMALL_TILE:
-        # Unions of them in tiles of 64 were nowhere faster than both.
-        strips = (Strips(SMALL_TILE, block_size, GATHERED_RATES[largest]),)
-        if group_size > 1:
-            strips += (Strips(SMALL_TILE, block_size, packed_rate, group_size),)
-        return problem.index_for(largest, largest, False, strips)
-    if largest == SMALL_TILE or block_size % TILE == 0:
+
+def _index_of_tiles(problem: Problem, largest: int) -> BlockIndex:
+    """The index for tiles of 64 or 128, whichever these kernels are faster with; `largest`: side of the tiles that may be chosen."""
+    if largest == SMALL_TILE or problem.block_size % TILE == 0:
         return problem.index_for(largest, largest)
     return problem.index_for(TILE, TILE, False, (Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE),))
 
 
-def _index_of_forward(problem: Problem, group_size: int) -> BlockIndex:
-    return _index_of(problem, TILE, group_size, PACKED_FORWARD_RATE)
+@cache
+def _portable_strips(
+    direction: Direction, head_dim: int, block_size: int, rate: float
+) -> tuple[Strips, ...]:
+    """What the portable kernels would take for blocks below 64; `rate`: of their gathered tiles."""
+    strips = (Strips(SMALL_TILE, block_size, rate),)
+    narrow = narrow_tile_sizes(
+        "cuda", 90, direction, head_dim, head_dim, DTYPES[0].itemsize, block_size
+    )
+    if narrow is None:
+        return strips
+    relative = narrow_rate(direction, head_dim, head_dim, block_size) / GATHERED_RATE
+    return (*strips, Strips(*narrow.index_shape(direction), rate * relative))
 
 
-def _index_of_backward(problem: Problem, group_size: int) -> BlockIndex:
-    """Tiles of 128 have their parts of dQ added up in no fixed order; the kernels with tiles of 64 are reproducible."""
-    is_fixed = torch.are_deterministic_algorithms_enabled()
-    return _index_of(problem, SMALL_TILE if is_fixed else TILE, group_size, PACKED_BACKWARD_RATE)
+def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
+    """The index of the faster kernels: for tiles of 64 or 128, or for strips, of these kernels (`STRIP`) or the portable ones.
+
+    `group_size`: query heads per key head, which fill the portable kernels' tiles together where they share lists.
+    """
+    block_size = problem.block_size
+    if not 1 < block_size < SMALL_TILE:
+        return _index_of_tiles(problem, TILE)
+    if block_size == STRIP:
+        strips: tuple[Strips, ...] = (Strips(SMALL_TILE, STRIP, STRIP_RATE),)
+    else:
+        strips = _portable_strips("forward", head_dim, block_size, GATHERED_FORWARD_RATE)
+    if group_size > 1:
+        strips += (Strips(SMALL_TILE, block_size, PACKED_FORWARD_RATE, group_size),)
+    return problem.index_for(TILE, TILE, False, strips)
+
+
+def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
+    """The same for the backward, which has strips in the portable kernels alone.
+
+    Tiles of 128 have their parts of dQ added up in no fixed order; the kernels with tiles of 64 are reproducible.
+    """
+    largest = SMALL_TILE if torch.are_deterministic_algorithms_enabled() else TILE
+    block_size = problem.block_size
+    if not 1 < block_size < SMALL_TILE:
+        return _index_of_tiles(problem, largest)
+    rate = GATHERED_BACKWARD_RATES[largest]
+    strips = _portable_strips("grad_query", head_dim, block_size, rate)
+    if group_size > 1:
+        strips += (Strips(SMALL_TILE, block_size, PACKED_BACKWARD_RATE, group_size),)
+    return problem.index_for(largest, largest, False, strips)
 
 
 class Operand(NamedTuple):
@@ -222,7 +273,7 @@ def forward(
     from hf_blocksparse.ops.triton.launch import current_device, launch
 
     batch, heads, query_len, head_dim = query.shape
-    index = _index_of_forward(problem, heads // key.shape[1])
+    index = _index_of_forward(problem, head_dim, heads // key.shape[1])
     out = empty_rows_like(query, head_dim)
     lse = query.new_empty(batch, heads, query_len, dtype=torch.float32)
     if not problem.sequences.covers_queries or not index.num_tiles:
@@ -319,7 +370,7 @@ def backward(
     if not any(needed[:3]):
         return None, None, None
     sequences = problem.sequences
-    index = _index_of_backward(problem, query.shape[1] // key.shape[1])
+    index = _index_of_backward(problem, query.shape[3], query.shape[1] // key.shape[1])
     grads = [empty_rows_like(tensor, query.shape[3]) for tensor in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     if not sequences.covers_queries or not index.num_tiles:
