@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --grid quick        a few minutes on one GPU
     python scripts/benchmark.py --grid bars         the comparisons the kernels are held to
+    python scripts/benchmark.py --grid small_blocks blocks of 32 and 16 beside 64, scattered and in windows
     python scripts/benchmark.py --grid full         every layout, block size, length, head size and dtype: hours
     python scripts/benchmark.py --grid decode       one query and a cache of 4,096 to 65,536 tokens, beside SDPA
     python scripts/benchmark.py --grid lengths      a window of 8,192 tokens up to 131,072 of them, one of 4,096 at a million

@@ -348,14 +348,7 @@ def _bars() -> Grid:
     ]
     for layout, block in (("bigbird", 128), ("window", 1), ("random25", 128), ("bigbird", 64)):
         grid.append((Case(layout, block, kv_heads=4), (OURS, "ours_mha")))
-    for block in (32, 16):
-        grid.append((Case("block_window", block), (OURS,)))
-    grid += [(Case("random10", block), (OURS,)) for block in (64, 32, 16)]
-    # What it brings that the heads of a group fill tiles together, beside a list for each head.
-    for head_dim in (128, 64):
-        for block in (32, 16):
-            case = Case("group_random10", block, head_dim=head_dim, kv_heads=4)
-            grid.append((case, (OURS, "ours_by_head")))
+    grid += _small_blocks()
     # The curves from which break-even densities are read.
     dense = ("sdpa_cudnn", "fa4_dense")
     grid += [(Case(f"random{percent}", 128), (OURS, *dense)) for percent in (50, 5, 2)]
@@ -369,6 +362,21 @@ def _bars() -> Grid:
         (Case("random25", 128, dtype="float16"), (OURS, "fa4", "sdpa_cudnn")),
     ]
     return grid + _launch()
+
+
+def _small_blocks() -> Grid:
+    """Blocks of 32 and 16 beside blocks of 64: how much of their rate is left where they are scattered, and whether they cost a window any."""
+    blocks = (64, 32, 16)
+    grid: Grid = []
+    for head_dim in (128, 64):
+        case = partial(Case, head_dim=head_dim)
+        grid += [(case("random10", block), (OURS, "ours_portable")) for block in blocks]
+        # What it brings that the heads of a group fill tiles together, beside a list for each head.
+        for block in (32, 16):
+            grid.append((case("group_random10", block, kv_heads=4), (OURS, "ours_by_head")))
+    for layout in ("random25", "bigbird"):
+        grid += [(Case(layout, block), (OURS, "ours_portable")) for block in (32, 16)]
+    return grid + [(Case("block_window", block), (OURS,)) for block in blocks[1:]]
 
 
 def _lengths() -> Grid:
@@ -430,6 +438,7 @@ def _decode() -> Grid:
 GRIDS: dict[str, Callable[[], Grid]] = {
     "quick": _quick,
     "bars": _bars,
+    "small_blocks": _small_blocks,
     "full": _full,
     "decode": _decode,
     "lengths": _lengths,
