@@ -17,7 +17,7 @@ LIMITS = {name: SHARED_MEMORY_BYTES[name] for name in ("sm_80", "sm_90", "sm_100
 }
 TENSOR_MEMORY_COLUMNS = 512
 NARROW_SPILLED_BYTES = {False: 128, True: 400}
-"""At most, of a thread of one or two warps over narrow tiles, by whether the kernel has every feature: a tenth and a third of its registers."""
+"""At most, of a thread over narrow tiles, by whether the kernel has every feature: an eighth and two fifths of its registers."""
 
 
 @pytest.fixture(scope="module")
