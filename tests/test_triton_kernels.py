@@ -318,6 +318,7 @@ def test_long_columns_of_narrow_key_tiles_in_parts_match_dense_attention(
 @pytest.mark.parametrize("device", DEVICES)
 def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monkeypatch):
     monkeypatch.setattr(launch, "GATHERED_RATE", 0.7)
+    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     query, key, value = make_qkv(1, 1, 1, 256, 256, 16, 16, dtype=torch.float32, device=device)
     diagonal = torch.eye(16, dtype=torch.bool)
     scattered = diagonal[:, torch.randperm(16, generator=torch.Generator().manual_seed(8))]
@@ -326,6 +327,12 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     assert strips_used == {16}
     strips_used.clear()
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
+    assert strips_used == {0}
+    strips_used.clear()
+    monkeypatch.setattr(
+        launch, "FIXED_KEYS", 150
+    )  # beside which it does not matter that half of 64 keys are left out
+    block_sparse_attention(query, key, value, scattered, **options)
     assert strips_used == {0}
 
 
