@@ -209,6 +209,7 @@ GATHERED = {
 def strips_used(monkeypatch):
     """The widths of the strips that kernels gathered, 0 for whole tiles; strips are taken wherever there are some."""
     monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
+    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
@@ -318,7 +319,6 @@ def test_long_columns_of_narrow_key_tiles_in_parts_match_dense_attention(
 @pytest.mark.parametrize("device", DEVICES)
 def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monkeypatch):
     monkeypatch.setattr(launch, "GATHERED_RATE", 0.7)
-    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     query, key, value = make_qkv(1, 1, 1, 256, 256, 16, 16, dtype=torch.float32, device=device)
     diagonal = torch.eye(16, dtype=torch.bool)
     scattered = diagonal[:, torch.randperm(16, generator=torch.Generator().manual_seed(8))]
@@ -409,6 +409,7 @@ PACKED = {
 def members_used(monkeypatch):
     """How many heads filled the query tiles of kernels; strips are taken wherever there are some."""
     monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
+    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
