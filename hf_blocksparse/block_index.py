@@ -143,7 +143,8 @@ class Strips(NamedTuple):
     A tile of small blocks holds their union. Strips as wide as a block leave out what none of the tile's blocks keeps, and cost the
     kernel's gathering: they pay on scattered blocks and not on a window. An index that is offered strips is built of them where they
     hold at most `max_share` of the coefficients that the tiles would, of several kinds of those furthest below theirs; its own tile shape
-    says which they are.
+    says which they are. To both, `per_query` coefficients are added for every query of a list: what beginning and ending a row costs, which
+    weighs on short ones.
 
     With a `group_size`, of so many heads that read the same keys those that share a list fill the rows of a tile together, each with fewer
     queries: with one block of them no row of the tile computes what it does not keep. Such strips are `tile_q / members` queries high,
@@ -154,6 +155,7 @@ class Strips(NamedTuple):
     tile_kv: int
     max_share: float
     group_size: int = 1
+    per_query: int = 0
 
     def shape(self, heads_per_list: int) -> tuple[int, int, float] | None:
         """Their shape where runs of `heads_per_list` heads share a list, and the rows that a tile has for each that is there."""
@@ -191,14 +193,16 @@ def _build(
     if strips:
         span = query_begin, query_end, key_end
         least: float = _computed(groups, tile_q, tile_kv, *span, device)
+        queries = (query_end - query_begin) * sum(len(group.heads) for group in groups)
         for kind in strips:
             shape = kind.shape(_heads_per_list(list_of))
             if shape is None:
                 continue
             strip_q, strip_kv, rows = shape
-            in_strips = rows * _computed(groups, strip_q, strip_kv, *span, device)
-            if in_strips <= kind.max_share * least:
-                least = in_strips / kind.max_share
+            fixed = kind.per_query * queries
+            in_strips = rows * (_computed(groups, strip_q, strip_kv, *span, device) + fixed)
+            if in_strips <= kind.max_share * (least + fixed):
+                least = in_strips / kind.max_share - fixed
                 tile_q, tile_kv = strip_q, strip_kv
     first_q = query_begin // tile_q
     num_q, num_kv = -(-query_end // tile_q) - first_q, -(-key_end // tile_kv)

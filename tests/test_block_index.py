@@ -300,9 +300,10 @@ def test_heads_of_equal_layouts_share_a_list():
     assert index.list_of.tolist() == [[0, 1, 0, 1]]
 
 
+@pytest.mark.parametrize("per_query", [0, 40])
 @pytest.mark.parametrize("strips", [(64, 16), (16, 64)], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causal):
+def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causal, per_query):
     """The share is counted by hand; of a window it is nearly one."""
     length = 256
     layout = TensorLayout.from_tensor(
@@ -316,12 +317,13 @@ def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causa
 
     def computed(tile_q, tile_kv):
         tiles = mask.unflatten(2, (-1, tile_kv)).unflatten(1, (-1, tile_q))
-        return int(tiles.any(4).any(2).sum()) * tile_q * tile_kv
+        return int(tiles.any(4).any(2).sum()) * tile_q * tile_kv + per_query * NUM_HEADS * length
 
     share = computed(*strips) / computed(64, 64)
     assert share < 0.9
     for max_share, tile in ((share + 1e-6, strips), (share - 1e-6, (64, 64))):
-        index = build_index(layout, strips=(Strips(*strips, max_share),), **options)
+        kind = Strips(*strips, max_share, per_query=per_query)
+        index = build_index(layout, strips=(kind,), **options)
         assert (index.tile_q, index.tile_kv) == tile
         assert torch.equal(index.to_dense(length, length), mask)
         assert torch.equal(index.transpose_to_dense(length, length), mask)

@@ -16,8 +16,8 @@ LIMITS = {name: SHARED_MEMORY_BYTES[name] for name in ("sm_80", "sm_90", "sm_100
     "gfx942": SHARED_MEMORY_BYTES["small"]
 }
 TENSOR_MEMORY_COLUMNS = 512
-NARROW_SPILLED_BYTES = 200
-"""Of a thread, in all of a kernel over narrow tiles, whose one or two warps have registers for little else."""
+NARROW_SPILLED_BYTES = {False: 128, True: 400}
+"""At most, of a thread over narrow tiles, by whether the kernel has every feature: an eighth and two fifths of its registers."""
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +76,5 @@ def test_kernels_over_narrow_tiles_hardly_spill_registers(compilations, target):
     sizes = {(r["kernel"], r["case"]["head_dim"], r["case"]["block_size"]) for r in narrow}
     assert len(sizes) == 12  # every row of the table
     for record in narrow:
-        assert record["spilled_bytes"] <= NARROW_SPILLED_BYTES, record
+        allowed = NARROW_SPILLED_BYTES[record["case"]["features"]]
+        assert record["spilled_bytes"] <= allowed, record

@@ -209,6 +209,7 @@ GATHERED = {
 def strips_used(monkeypatch):
     """The widths of the strips that kernels gathered, 0 for whole tiles; strips are taken wherever there are some."""
     monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
+    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):
@@ -327,6 +328,12 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     strips_used.clear()
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
     assert strips_used == {0}
+    strips_used.clear()
+    monkeypatch.setattr(
+        launch, "FIXED_KEYS", 150
+    )  # beside which it does not matter that half of 64 keys are left out
+    block_sparse_attention(query, key, value, scattered, **options)
+    assert strips_used == {0}
 
 
 def shared_by_groups(num_blocks: int, block_size: int, groups: int, group_size: int) -> PerHead:
@@ -402,6 +409,7 @@ PACKED = {
 def members_used(monkeypatch):
     """How many heads filled the query tiles of kernels; strips are taken wherever there are some."""
     monkeypatch.setattr(launch, "GATHERED_RATE", WHEREVER)
+    monkeypatch.setattr(launch, "FIXED_KEYS", 0)
     used = set()
 
     def launch_and_note(kernel, grid, arguments, constants, options):

@@ -48,7 +48,7 @@ SHORT = 6
 """A column of up to so many shortest parts stays whole: it takes no longer than the CPU does to issue a backward, which another kernel
 and its tensors make longer."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Programs of the portable kernel that a multiprocessor runs at a time."""
+"""Programs of four warps or more of the portable kernel that a multiprocessor runs at a time; of fewer warps so many times as many."""
 ROWS_AT_ONCE = 16
 
 Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]
@@ -219,6 +219,7 @@ def column_parts_for(
     kv_heads: int,
     tile_q: int,
     tile_kv: int,
+    num_warps: int,
 ) -> ColumnParts | None:
     """The parts of a call's columns, made at its first use and kept as long as index and sequences live; None where no column is long.
 
@@ -227,17 +228,18 @@ def column_parts_for(
         sequences: of the call.
         lists: TileLists of the key tiles.
         heads, kv_heads: of query and key.
-        tile_q, tile_kv: tile sizes of the kernel.
+        tile_q, tile_kv, num_warps: tile sizes and warps of the kernel.
     """
     if heads // kv_heads * index.num_q_tiles <= SHORT * SHORTEST_PART:
         return None
     kept = known(_column_parts, index, sequences)
-    case = heads, kv_heads, tile_q, tile_kv
+    columns = heads, kv_heads, tile_q, tile_kv
+    case = *columns, num_warps
     if case not in kept:
         device = index.bank.device
-        programs = PROGRAMS_PER_MULTIPROCESSOR * processors(device)
+        programs = PROGRAMS_PER_MULTIPROCESSOR * max(1, 4 // num_warps) * processors(device)
         kept[case] = build_to_keep(
-            device, lambda: make_column_parts(index, sequences, lists, *case, programs)
+            device, lambda: make_column_parts(index, sequences, lists, *columns, programs)
         )
     return kept[case]
 

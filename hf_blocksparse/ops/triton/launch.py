@@ -35,6 +35,7 @@ from hf_blocksparse.ops.triton.decode_sizes import (
 from hf_blocksparse.ops.triton.forward import forward_kernel
 from hf_blocksparse.ops.triton.recordings import current_stream, start, watched
 from hf_blocksparse.ops.triton.tile_sizes import (
+    FIXED_KEYS,
     GATHERED_RATE,
     Direction,
     TileSizes,
@@ -284,8 +285,9 @@ def launch_backward(
             lists = tile_lists(index)[1]
             constants = _constants(query, value, sizes)
             parts = column_parts_for(
-                index, sequences, lists, heads, kv_heads, sizes.tile_q, sizes.tile_kv
-            )
+                index, sequences, lists, heads, kv_heads, sizes.tile_q, sizes.tile_kv,
+                sizes.num_warps,
+            )  # fmt: skip
             programs = key_parts = value_parts = None
             grid = (items.shape[0], kv_heads, 1)
             if parts is not None:
@@ -478,15 +480,16 @@ def _sizes_and_index(
     sizes, gathered = tile_sizes(*facts), gathered_tile_sizes(*facts)
     if gathered is None:
         return sizes, problem.index_for(sizes.tile_q, sizes.tile_kv)
-    kinds = [(Strips(*gathered.index_shape(direction), GATHERED_RATE), gathered)]
+    per_query = 0 if direction == "grad_key_value" else FIXED_KEYS
+    kind = Strips(*gathered.index_shape(direction), GATHERED_RATE, per_query=per_query)
+    kinds = [(kind, gathered)]
     narrow = narrow_tile_sizes(*facts)
     if narrow is not None:
         rate = narrow_rate(direction, query.shape[-1], value.shape[-1], problem.block_size)
-        kinds.append((Strips(*narrow.index_shape(direction), rate), narrow))
+        kinds.append((Strips(*narrow.index_shape(direction), rate, per_query=per_query), narrow))
     group_size = query.shape[1] // key.shape[1]
     if direction != "grad_key_value" and group_size > 1:  # there the heads are walked one by one
-        strips = Strips(*gathered.index_shape(direction), GATHERED_RATE, group_size)
-        kinds.append((strips, gathered))
+        kinds.append((kind._replace(group_size=group_size), gathered))
     index = problem.index_for(sizes.tile_q, sizes.tile_kv, False, tuple(kind for kind, _ in kinds))
     return _kind_of_index(index, kinds) or sizes, index
 
