@@ -365,7 +365,7 @@ def _bars() -> Grid:
 
 
 def _small_blocks() -> Grid:
-    """Blocks of 32 and 16 beside blocks of 64: how much of their rate is left where they are scattered, and whether they cost a window any."""
+    """Blocks of 32 and 16 beside 64: how much of the rate is left where they are scattered, and whether they cost a window anything."""
     blocks = (64, 32, 16)
     grid: Grid = []
     for head_dim in (128, 64):

@@ -574,6 +574,13 @@ def test_parts_cover_every_step_once_in_order():
     assert split.table.tolist() == [[*columns[5].tolist(), 0, 16]] and split.num_slots == 16
 
 
+def test_columns_nearly_as_long_as_a_share_are_cut_where_they_could_be_begun_last():
+    steps = torch.tensor([180, 150, 120, 550])  # a share is 200
+    assert column_parts.count_parts(steps, 5).tolist() == [1, 1, 1, 5]
+    in_grid = column_parts.count_parts(steps, 5, column_parts.LONG_IN_GRID)
+    assert in_grid.tolist() == [2, 1, 1, 5]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_that_descriptors_cannot_read(device):
     """A base that is not a multiple of 16 bytes, an odd stride, a last axis that is not contiguous."""

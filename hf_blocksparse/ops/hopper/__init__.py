@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_blocksparse.block_index import BlockIndex, Strips
 from hf_blocksparse.ops.problem import Problem, empty_rows_like
 from hf_blocksparse.ops.triton.tile_sizes import (
+    FIXED_KEYS,
     GATHERED_RATE,
     Direction,
     narrow_rate,
@@ -119,14 +120,15 @@ def _portable_strips(
     direction: Direction, head_dim: int, block_size: int, rate: float
 ) -> tuple[Strips, ...]:
     """What the portable kernels would take for blocks below 64; `rate`: of their gathered tiles."""
-    strips = (Strips(SMALL_TILE, block_size, rate),)
+    strips = (Strips(SMALL_TILE, block_size, rate, per_query=FIXED_KEYS),)
     narrow = narrow_tile_sizes(
         "cuda", 90, direction, head_dim, head_dim, DTYPES[0].itemsize, block_size
     )
     if narrow is None:
         return strips
     relative = narrow_rate(direction, head_dim, head_dim, block_size) / GATHERED_RATE
-    return (*strips, Strips(*narrow.index_shape(direction), rate * relative))
+    kind = Strips(*narrow.index_shape(direction), rate * relative, per_query=FIXED_KEYS)
+    return (*strips, kind)
 
 
 def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:

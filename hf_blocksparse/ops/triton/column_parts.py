@@ -8,7 +8,7 @@ the call together and on the number of multiprocessors.
 
 Parts are made with the first call of an index and kept with it, which waits for the device once. Where no column is long there are no
 parts, no slots and no second kernel. Slots take at most `1 / PART` tiles of dK and dV per program: 33 MiB in float32 for 132 programs with
-tiles of 128 rows and heads of 128, at any length.
+tiles of 128 rows and heads of 128, at any length; of the portable kernel, whose columns are cut sooner, a third more.
 
 Rows are not split. A row is read by one head, so that with two global tiles of queries (BigBird in both directions) its length passes the
 share of one of 132 multiprocessors only where query heads times batch rows are fewer than about 13, at any length.
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 LONG = 5, 4
 """A column is long if it has more than this part of a program's share of all steps."""
+LONG_IN_GRID = 3, 4
+"""The same for the portable kernel, which begins whole columns head by head: the last head's, when others are nearly done."""
 PART = 1, 2
 """Of a program's share: what a part has at least. Parts of this size are dealt out evenly, and there are few of them to add up."""
 SHORTEST_PART = 16
@@ -94,18 +96,20 @@ class ColumnParts:
     split: SplitColumns
 
 
-def count_parts(steps: Tensor, num_programs: int) -> Tensor | None:
+def count_parts(steps: Tensor, num_programs: int, long: tuple[int, int] = LONG) -> Tensor | None:
     """How many parts to cut each column into, 1 where it stays whole; None where all do, which waits for the device.
 
     Args:
         steps: int64 [num_columns].
         num_programs: how many run at a time.
+        long: numerator and denominator of the part of a share past which a column is cut.
     """
     total = steps.sum()
     part = (total * PART[0] // (PART[1] * num_programs)).clamp(min=SHORTEST_PART)
-    is_long = steps * (LONG[1] * num_programs) > total * LONG[0]
+    is_long = steps * (long[1] * num_programs) > total * long[0]
     is_long &= steps > SHORT * SHORTEST_PART
-    return torch.where(is_long, steps // part, 1) if bool(is_long.any()) else None
+    num_parts = torch.where(is_long, (steps // part).clamp(min=2), 1)
+    return num_parts if bool(is_long.any()) else None
 
 
 def cut(steps: Tensor, num_parts: Tensor) -> Parts:
@@ -270,7 +274,7 @@ def make_column_parts(
     steps = steps.long().unflatten(1, (kv_heads, -1)).sum(2).T.flatten()
     is_used = steps >= 0
     steps = steps.clamp(min=0)
-    num_parts = count_parts(steps, num_programs)
+    num_parts = count_parts(steps, num_programs, LONG_IN_GRID)
     if num_parts is None:
         return None
     num_parts = torch.where(is_used, num_parts, 0)
