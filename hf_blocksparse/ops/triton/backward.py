@@ -178,6 +178,9 @@ def grad_query_kernel(
     full_first, full_last, full_start, full_stop = clip_entries(
         lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, WIDTH
     )
+    partial_first, partial_last, partial_start, partial_stop = clip_entries(
+        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
+    )
     if STRIP == 0:
         for entry in tl.range(full_first, full_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
@@ -192,9 +195,6 @@ def grad_query_kernel(
                 dropout, INPUT_PRECISION,
             )  # fmt: skip
 
-        partial_first, partial_last, partial_start, partial_stop = clip_entries(
-            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
-        )
         for entry in tl.range(partial_first, partial_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
@@ -210,9 +210,6 @@ def grad_query_kernel(
             )  # fmt: skip
     else:
         STRIPS: tl.constexpr = TILE_KV // STRIP
-        partial_first, partial_last, partial_start, partial_stop = clip_entries(
-            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
-        )
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
         num_whole = 0
@@ -436,6 +433,9 @@ def grad_key_value_kernel(
         full_first, full_last, full_start, full_stop = clip_entries(
             lists.indices, begin, partial_begin, q_pos, q_pos + q_len, WIDTH
         )
+        partial_first, partial_last, partial_start, partial_stop = clip_entries(
+            lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
+        )
         if STRIP == 0:
             first, last = full_first, full_last
             if programs is not None:
@@ -458,9 +458,6 @@ def grad_key_value_kernel(
                     score_scale, softcap_scale, alibi_slope, position_shift, dropout, INPUT_PRECISION,
                 )  # fmt: skip
 
-            partial_first, partial_last, partial_start, partial_stop = clip_entries(
-                lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
-            )
             first, last = partial_first, partial_last
             if programs is not None:
                 first, last = entries_of_part(
@@ -484,9 +481,6 @@ def grad_key_value_kernel(
                 )  # fmt: skip
         else:
             STRIPS: tl.constexpr = TILE_Q // STRIP
-            partial_first, partial_last, partial_start, partial_stop = clip_entries(
-                lists.indices, partial_begin, end, q_pos, q_pos + q_len, WIDTH
-            )
             num_full = full_last - full_first
             num_strips = num_full + partial_last - partial_first
             first, last = 0, num_strips

@@ -161,6 +161,9 @@ def forward_kernel(
     full_first, full_last, full_start, full_stop = clip_entries(
         lists.indices, begin, partial_begin, kv_pos, kv_pos + kv_len, WIDTH
     )
+    partial_first, partial_last, partial_start, partial_stop = clip_entries(
+        lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
+    )
     if STRIP == 0:
         for entry in tl.range(full_first, full_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
@@ -175,9 +178,6 @@ def forward_kernel(
                 dropout, INPUT_PRECISION,
             )  # fmt: skip
 
-        partial_first, partial_last, partial_start, partial_stop = clip_entries(
-            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
-        )
         for entry in tl.range(partial_first, partial_last):
             first_key_row = tl.load(lists.indices + entry) * TILE_KV + kv_shift
             key_rows = first_key_row + tl.arange(0, TILE_KV)
@@ -193,9 +193,6 @@ def forward_kernel(
             )  # fmt: skip
     else:
         STRIPS: tl.constexpr = TILE_KV // STRIP
-        partial_first, partial_last, partial_start, partial_stop = clip_entries(
-            lists.indices, partial_begin, end, kv_pos, kv_pos + kv_len, WIDTH
-        )
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
         num_whole = 0

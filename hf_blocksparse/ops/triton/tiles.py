@@ -101,13 +101,8 @@ def heads_of_rows(heads_per_list, TILE_Q: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def first_at_least(indices, begin, end, bound):
-    """The first entry of the ascending `indices[begin:end]` that is at least `bound`; `end` if none is."""
-    smallest = tl.load(indices + begin, mask=begin < end, other=0)
-    largest = tl.load(indices + end - 1, mask=begin < end, other=0)
-    # The ends settle the common case, in which nothing is clipped, without a step of the search.
-    low = tl.where(largest < bound, end, begin)
-    high = tl.where(smallest >= bound, low, end)
+def search(indices, low, high, bound):
+    """The first entry of the ascending `indices[low:high]` that is at least `bound`; `high` if none is."""
     while low < high:
         middle = (low + high) // 2
         if tl.load(indices + middle) < bound:
@@ -118,17 +113,38 @@ def first_at_least(indices, begin, end, bound):
 
 
 @triton.jit
+def search_between(indices, first, end, smallest, largest, bound):
+    """`search` in `indices[first:end]`, without a step where numbers no greater and no less than all of them settle it."""
+    low = tl.where(largest < bound, end, first)
+    return search(indices, low, tl.where(smallest >= bound, low, end), bound)
+
+
+@triton.jit
+def first_at_least(indices, begin, end, bound):
+    """The first entry of the ascending `indices[begin:end]` that is at least `bound`; `end` if none is."""
+    smallest = tl.load(indices + begin, mask=begin < end, other=0)
+    largest = tl.load(indices + end - 1, mask=begin < end, other=0)
+    return search_between(indices, begin, end, smallest, largest, bound)
+
+
+@triton.jit
 def clip_entries(indices, begin, end, start, stop, TILE: tl.constexpr):
     """Clips the ascending `indices[begin:end]` to the positions `[start, stop)`.
 
     Returns the entries `[inside_begin, inside_end)` wholly inside, and how many entries, 0 or 1, straddle the start
     (entry `inside_begin - 1`) and the stop (entry `inside_end`).
     """
-    first = first_at_least(indices, begin, end, start // TILE)
-    last = first_at_least(indices, first, end, (stop + TILE - 1) // TILE)
-    first_tile = tl.load(indices + first, mask=first < last, other=0)
-    last_tile = tl.load(indices + last - 1, mask=first < last, other=0)
-    cuts_start = tl.where((first < last) & (first_tile * TILE < start), 1, 0)
+    # A program begins with this and waits for its loads. Those of the two ends, at once, settle the common case, in which nothing is
+    # clipped, without a search or another load.
+    smallest = tl.load(indices + begin, mask=begin < end, other=0)
+    largest = tl.load(indices + end - 1, mask=begin < end, other=0)
+    first = search_between(indices, begin, end, smallest, largest, start // TILE)
+    stop_tile = (stop + TILE - 1) // TILE
+    last = search_between(indices, first, end, smallest, largest, stop_tile)
+    is_any = first < last
+    first_tile = tl.load(indices + first, mask=is_any & (first > begin), other=smallest)
+    last_tile = tl.load(indices + last - 1, mask=is_any & (last < end), other=largest)
+    cuts_start = tl.where(is_any & (first_tile * TILE < start), 1, 0)
     inside_begin = first + cuts_start
     cuts_stop = tl.where((inside_begin < last) & ((last_tile + 1) * TILE > stop), 1, 0)
     # A tile can straddle both ends of a short sequence: it counts once, as one that straddles the start.
