@@ -15,11 +15,13 @@ from hf_blocksparse import (
     Dense,
     Longformer,
     PerHead,
+    Sequences,
     SinkWindow,
     SlidingWindow,
     TensorLayout,
     block_sparse_attention,
 )
+from hf_blocksparse.block_index import build_index
 from hf_blocksparse.ops import triton as triton_ops
 from hf_blocksparse.ops.triton import column_parts, launch
 from hf_blocksparse.ops.triton.tile_sizes import TileSizes
@@ -552,6 +554,21 @@ def test_gradients_of_long_columns_are_bitwise_reproducible(in_parts):
     assert len(in_parts) == 2
     assert torch.equal(first.grad_key, second.grad_key)
     assert torch.equal(first.grad_value, second.grad_value)
+
+
+def test_columns_are_cut_for_as_many_programs_as_run_at_a_time(monkeypatch):
+    """Programs of two warps and of one take the room of fewer."""
+    device, asked = torch.device("cpu"), []
+    monkeypatch.setattr(column_parts, "make_column_parts", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(column_parts, "processors", lambda _: 10)
+    index = build_index(
+        WINDOW, is_causal=True, num_heads=1, query_end=1600, key_end=1600, tile_q=16, tile_kv=16,
+        device=device,
+    )  # fmt: skip
+    sequences = Sequences.uniform(1, 1600, 1600, 0, device)
+    for num_warps in (8, 4, 2, 1):
+        column_parts.column_parts_for(index, sequences, None, 1, 1, 64, 16, num_warps)
+    assert asked == [20, 20, 40, 80]
 
 
 def test_parts_cover_every_step_once_in_order():

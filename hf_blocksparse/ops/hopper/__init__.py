@@ -302,8 +302,8 @@ def forward(
         if index.tile_q == SMALL_TILE:
             from hf_blocksparse.ops.hopper.small_forward_kernel import small_forward_kernel
 
-            is_strips = index.tile_kv < SMALL_TILE
-            kept = rows_kept(index) if is_strips else index.bank  # not read then
+            # Tiles of 64 do not read it.
+            kept = rows_kept(index) if index.tile_kv == STRIP else index.bank
             launch(
                 small_forward_kernel,
                 (schedule.num_programs, 1, 1),
