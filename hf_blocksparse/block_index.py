@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from hf_blocksparse.sequences import BATCH, KV_LEN, KV_POS, KV_ROW, Q_LEN, Q_POS
 CACHED_INDICES = 128
 CACHED_BYTES = 2 << 30
 CACHED_INDICES_PER_MASK = 16
+COUNTED_LAYOUTS = 16
 # Positions per index of a few queries: decoding builds one in so many tokens, of the tiles that their rows keep.
 QUERY_SPAN = 1024
 # Coefficients evaluated at a time while the bank is filled.
@@ -188,11 +190,19 @@ def _build(
     query_end: int,
     key_end: int,
     device: torch.device,
+    counts: dict[tuple[int, int], int] | None = None,
 ) -> BlockIndex:
+    """`counts`: what tiles of a shape compute in all, where that is known; more is added."""
     check_not_capturing(device, "the block index of this layout")
     if strips:
-        span = query_begin, query_end, key_end
-        least: float = _computed(groups, tile_q, tile_kv, *span, device)
+        counts = {} if counts is None else counts
+
+        def computed(*shape: int) -> int:
+            if shape not in counts:
+                counts[shape] = _computed(groups, *shape, query_begin, query_end, key_end, device)
+            return counts[shape]
+
+        least: float = computed(tile_q, tile_kv)
         queries = (query_end - query_begin) * sum(len(group.heads) for group in groups)
         for kind in strips:
             shape = kind.shape(_heads_per_list(list_of))
@@ -200,7 +210,7 @@ def _build(
                 continue
             strip_q, strip_kv, rows = shape
             fixed = kind.per_query * queries
-            in_strips = rows * (_computed(groups, strip_q, strip_kv, *span, device) + fixed)
+            in_strips = rows * (computed(strip_q, strip_kv) + fixed)
             if in_strips <= kind.max_share * (least + fixed):
                 least = in_strips / kind.max_share - fixed
                 tile_q, tile_kv = strip_q, strip_kv
@@ -413,7 +423,23 @@ def build_index(
     context = RuleContext(is_causal, max(query_end, key_end), num_heads, device)
     groups, list_of = _groups_by_head(layout, context, None)
     numbers = torch.tensor([list_of[:1] if len(set(list_of)) == 1 else list_of])
-    return _build(groups, numbers, tile_q, tile_kv, strips, query_begin, query_end, key_end, device)
+    span = query_begin, query_end, key_end
+    counts = _counts_of(layout, is_causal, num_heads, *span, device) if strips else None
+    return _build(groups, numbers, tile_q, tile_kv, strips, *span, device, counts)
+
+
+@lru_cache(maxsize=COUNTED_LAYOUTS)
+def _counts_of(
+    layout: Layout,
+    is_causal: bool,
+    num_heads: int,
+    query_begin: int,
+    query_end: int,
+    key_end: int,
+    device: torch.device,
+) -> dict[tuple[int, int], int]:
+    """What tiles compute of these rows, by their shape: every kernel of a call weighs strips, many of them of the same shapes."""
+    return {}
 
 
 def build_index_per_sequence(
@@ -529,6 +555,7 @@ def clear_cache() -> None:
     """Forget all cached indices and free their memory. CUDA graphs captured before must not be replayed after."""
     _cache.clear()
     _cache_of_mask.clear()
+    _counts_of.cache_clear()
     forget_captures()
 
 

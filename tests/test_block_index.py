@@ -331,6 +331,35 @@ def test_strips_are_taken_up_to_their_share_of_the_coefficients(strips, is_causa
     assert (window.tile_q, window.tile_kv) == (64, 64)
 
 
+def test_tiles_of_a_shape_are_counted_once_for_all_kernels(monkeypatch):
+    counted = []
+
+    def count(groups, tile_q, tile_kv, *span_and_device):
+        counted.append((tile_q, tile_kv))
+        return computed(groups, tile_q, tile_kv, *span_and_device)
+
+    computed = block_index._computed
+    monkeypatch.setattr(block_index, "_computed", count)
+    block_index.clear_cache()
+    layout = TensorLayout.from_tensor(random_tensor(2, NUM_HEADS, 16, 16), 16)
+    where = Sequences.uniform(1, 256, 256, 0, CPU)
+
+    def choose(tile, *shapes, is_causal=False):
+        strips = tuple(Strips(*shape, 0.7) for shape in shapes)
+        return get_index(
+            layout, where, is_causal=is_causal, attn_mask=None, num_heads=NUM_HEADS,
+            tile_q=tile, tile_kv=tile, device=CPU, strips=strips,
+        )  # fmt: skip
+
+    choose(64, (64, 16), (16, 16))
+    choose(32, (64, 16), (16, 16))
+    assert counted == [(64, 64), (64, 16), (16, 16), (32, 32)]
+    choose(64, (16, 16), is_causal=True)
+    block_index.clear_cache()
+    choose(64, (16, 16))
+    assert counted[4:] == 2 * [(64, 64), (16, 16)]
+
+
 @pytest.mark.parametrize(
     "tile_kv, group_size, heads_per_list, expected",
     [
