@@ -331,9 +331,8 @@ def test_tiles_are_gathered_where_blocks_are_scattered(device, strips_used, monk
     block_sparse_attention(query, key, value, torch.ones(16, 16).tril(), **options)
     assert strips_used == {0}
     strips_used.clear()
-    monkeypatch.setattr(
-        launch, "FIXED_KEYS", 150
-    )  # beside which it does not matter that half of 64 keys are left out
+    # Beside so much it does not matter that half of 64 keys are left out.
+    monkeypatch.setattr(launch, "FIXED_KEYS", 150)
     block_sparse_attention(query, key, value, scattered, **options)
     assert strips_used == {0}
 

@@ -171,7 +171,8 @@ def producer(
         record = records + place * RECORD
         batch, head, query_row, _, _, key_shift, kv_begin, kv_end = load_query_tile(record)
         steps_of_row = load_steps_of_row(record)
-        num_steps = (steps_of_row[6] + PARTS - 1) // PARTS
+        _, _, _, _, _, _, num_tiles, _ = steps_of_row
+        num_steps = (num_tiles + PARTS - 1) // PARTS
         kv_head = head // group_size
         entries, are_tiles = entries_of(0, parts, steps_of_row, PARTS)
         rows = gl.load(indices + entries) * STRIP + key_shift
@@ -283,7 +284,7 @@ def consumer(
             record
         )
         steps_of_row = load_steps_of_row(record)
-        num_masked, num_tiles = steps_of_row[5], steps_of_row[6]
+        _, _, _, _, _, num_masked, num_tiles, _ = steps_of_row
         num_steps = (num_tiles + PARTS - 1) // PARTS
         num_masked = (num_masked + (-num_tiles & (PARTS - 1)) + PARTS - 1) // PARTS
         accumulator = gl.zeros([TILE, DIM], gl.float32, OUT)

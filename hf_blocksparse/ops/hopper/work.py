@@ -11,6 +11,7 @@ of them, and with BigBird's long and short columns 1.03 (head size 128) to 1.14 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -452,23 +453,32 @@ def _give_empty_tiles_a_step(records: Tensor, is_empty: Tensor, query_tile: Tens
 
 def transposed_bank(index: BlockIndex) -> Tensor:
     """The bank of `index` with words along the queries: bit `c % 32` of word `c // 32` of row `r` is coefficient `(c, r)`."""
-    bank = _transposed_banks.get(index)
-    if bank is None:
-        check_not_capturing(index.bank.device, "the transposed masks of this layout")
-        bank = build_to_keep(index.bank.device, lambda: _transpose(index.bank, index.tile_q))
-        _transposed_banks[index] = bank
-    return bank
+    return _of_masks(
+        index,
+        "the transposed masks of this layout",
+        _transposed_banks,
+        lambda: _transpose(index.bank, index.tile_q),
+    )
 
 
 def rows_kept(index: BlockIndex) -> Tensor:
     """Of each mask of an index of strips of 32 keys, int32: bit `g` is set where the query rows of group `g` keep the whole strip, if all
     others keep none of it. Other masks have all bits set and one more."""
-    known = _rows_kept.get(index)
-    if known is None:
-        check_not_capturing(index.bank.device, "the masks of this layout")
-        known = build_to_keep(index.bank.device, lambda: _find_rows_kept(index))
-        _rows_kept[index] = known
-    return known
+    return _of_masks(index, "the masks of this layout", _rows_kept, lambda: _find_rows_kept(index))
+
+
+def _of_masks(
+    index: BlockIndex,
+    what: str,
+    known: WeakKeyDictionary[BlockIndex, Tensor],
+    make: Callable[[], Tensor],
+) -> Tensor:
+    """What `known` has of an index' masks, made at its first use; `what` names it where a CUDA graph is captured."""
+    found = known.get(index)
+    if found is None:
+        check_not_capturing(index.bank.device, what)
+        found = known[index] = build_to_keep(index.bank.device, make)
+    return found
 
 
 @torch.inference_mode(False)

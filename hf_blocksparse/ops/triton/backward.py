@@ -27,10 +27,10 @@ from hf_blocksparse.ops.triton.tiles import (
     heads_of_rows,
     load_bits,
     load_both,
+    load_both_at,
     load_list,
     load_row_bits,
     load_row_values,
-    load_rows_at,
     load_rows_between,
     load_rows_where,
     load_sequence,
@@ -218,10 +218,10 @@ def grad_query_kernel(
             for place in tl.range(0, num_whole, STRIPS):
                 strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
                 key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
-                key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
-                value_tile = load_rows_at(
-                    value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED
-                )
+                key_tile, value_tile = load_both_at(
+                    key, value, batch, kv_head, key_rows,
+                    HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                )  # fmt: skip
                 accumulator = accumulate_grad_query(
                     accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, None,
                     query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope,
@@ -235,8 +235,10 @@ def grad_query_kernel(
                 lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False, MEMBERS
             )
             key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
-            key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
-            value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
+            key_tile, value_tile = load_both_at(
+                key, value, batch, kv_head, key_rows,
+                HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator = accumulate_grad_query(
                 accumulator, query_tile, grad_out_tile, log2_sum, delta, key_tile, value_tile, kept,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,
@@ -495,12 +497,10 @@ def grad_key_value_kernel(
                 for place in tl.range(first, num_whole, STRIPS):
                     strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
                     query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
-                    query_tile = load_rows_at(
-                        query, batch, head, query_rows, HEAD_DIM, HEAD_DIM_PADDED
-                    )
-                    grad_out_tile = load_rows_at(
-                        grad_out, batch, head, query_rows, VALUE_DIM, VALUE_DIM_PADDED
-                    )
+                    query_tile, grad_out_tile = load_both_at(
+                        query, grad_out, batch, head, query_rows,
+                        HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                    )  # fmt: skip
                     log2_sum = tl.load(row_pointers(log2_sums, batch, head) + query_rows)
                     delta = tl.load(row_pointers(deltas, batch, head) + query_rows)
                     key_sum, value_sum = accumulate_grad_key_value(
@@ -514,10 +514,10 @@ def grad_key_value_kernel(
                 )
                 kept = load_strip_bits(lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, True)
                 query_rows = rows_of_strips(strips, q_shift, STRIP, TILE_Q)
-                query_tile = load_rows_at(query, batch, head, query_rows, HEAD_DIM, HEAD_DIM_PADDED)
-                grad_out_tile = load_rows_at(
-                    grad_out, batch, head, query_rows, VALUE_DIM, VALUE_DIM_PADDED
-                )
+                query_tile, grad_out_tile = load_both_at(
+                    query, grad_out, batch, head, query_rows,
+                    HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                )  # fmt: skip
                 log2_sum = tl.load(row_pointers(log2_sums, batch, head) + query_rows)
                 delta = tl.load(row_pointers(deltas, batch, head) + query_rows)
                 key_sum, value_sum = accumulate_grad_key_value(

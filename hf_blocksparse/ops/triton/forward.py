@@ -21,9 +21,9 @@ from hf_blocksparse.ops.triton.tiles import (
     heads_of_rows,
     load_bits,
     load_both,
+    load_both_at,
     load_list,
     load_row_bits,
-    load_rows_at,
     load_rows_between,
     load_rows_where,
     load_sequence,
@@ -202,10 +202,10 @@ def forward_kernel(
             for place in tl.range(0, num_whole, STRIPS):
                 strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))
                 key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
-                key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
-                value_tile = load_rows_at(
-                    value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED
-                )
+                key_tile, value_tile = load_both_at(
+                    key, value, batch, kv_head, key_rows,
+                    HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+                )  # fmt: skip
                 accumulator, running_max, running_sum = accumulate_keys(
                     accumulator, running_max, running_sum, query_tile, key_tile, value_tile, None,
                     query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope,
@@ -219,8 +219,10 @@ def forward_kernel(
                 lists.bank, mask_ids, exist, TILE_Q, TILE_KV, STRIP, False, MEMBERS
             )
             key_rows = rows_of_strips(strips, kv_shift, STRIP, TILE_KV)
-            key_tile = load_rows_at(key, batch, kv_head, key_rows, HEAD_DIM, HEAD_DIM_PADDED)
-            value_tile = load_rows_at(value, batch, kv_head, key_rows, VALUE_DIM, VALUE_DIM_PADDED)
+            key_tile, value_tile = load_both_at(
+                key, value, batch, kv_head, key_rows,
+                HEAD_DIM, HEAD_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED,
+            )  # fmt: skip
             accumulator, running_max, running_sum = accumulate_keys(
                 accumulator, running_max, running_sum, query_tile, key_tile, value_tile, kept,
                 query_rows, key_rows, batch_head, score_scale, softcap_scale, alibi_slope, position_shift,

@@ -284,6 +284,19 @@ def load_rows_at(tensor, batch, head, rows, DIM: tl.constexpr, DIM_PADDED: tl.co
 
 
 @triton.jit
+def load_both_at(
+    first, second, batch, head, rows,
+    FIRST_DIM: tl.constexpr, FIRST_DIM_PADDED: tl.constexpr,
+    SECOND_DIM: tl.constexpr, SECOND_DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """`load_rows_at` of two tensors, as `load_both`."""
+    return (
+        load_rows_at(first, batch, head, rows, FIRST_DIM, FIRST_DIM_PADDED),
+        load_rows_at(second, batch, head, rows, SECOND_DIM, SECOND_DIM_PADDED),
+    )
+
+
+@triton.jit
 def store_rows_between(
     tensor,
     values,
