@@ -461,14 +461,14 @@ def test_a_step_with_a_static_cache_is_a_cuda_graph(gpu_model):
     counters["inductor"].clear()
     step = torch.compile(gpu_model, fullgraph=True, mode="reduce-overhead")
 
+    @torch.no_grad()  # entered and left at each step: three of them take turns
     def logits_of(model, forward):
         cache = StaticCache(config=model.config, max_cache_len=256)
-        with torch.no_grad():
-            model(tokens[:, :180], past_key_values=cache)
-            for place in range(180, 200):
-                torch.compiler.cudagraph_mark_step_begin()
-                out = forward(tokens[:, place : place + 1], past_key_values=cache)
-                yield out.logits.clone()
+        model(tokens[:, :180], past_key_values=cache)
+        for place in range(180, 200):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = forward(tokens[:, place : place + 1], past_key_values=cache)
+            yield out.logits.clone()
 
     in_float32 = copy.deepcopy(gpu_model).float()
     forwards = ((gpu_model, step), (gpu_model, gpu_model), (in_float32, in_float32))

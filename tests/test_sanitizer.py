@@ -38,7 +38,6 @@ HOPPER = {
     "store_kernel",
     "key_pass_kernel",
     "query_pass_kernel",
-    "count_steps_kernel",
     "add_parts_kernel",
 }
 needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="needs compute capability 9.0")
