@@ -291,17 +291,18 @@ def headline() -> str:
 
 
 SMALL_BLOCKS = """
-    Random blocks of 64, 32 and 16, each head's own or shared by the four heads of a group (`ours_by_head`: not computed together).
+    Random blocks of 64, 32 and 16, each head's own or shared by the four heads of a group (`ours_by_head`: not computed together); at the
+    end BigBird and windows in whole blocks.
 """
 SMALL_BLOCKS_RECORD = "gpu_benchmark_small_blocks"
-BLOCKS64 = "Blocks of 64, which the kernels with tiles of 64 take, timed call by call."
 LENGTHS = """
     Sinks and a window of 8,192 tokens at growing lengths: the time per kept coefficient stays the same within 3 %. And 1,048,576 tokens
     with a window of 4,096 on one GPU.
 """
 LAUNCHES = """
-    Causal attention at lengths where the CPU decides, which other work shared here: what one call costs it (`launch us`: a forward, or
-    forward and backward) is less than with compiled FlexAttention and more than with SDPA.
+    Causal attention, whole and in a window of an eighth, at lengths where the CPU decides, which other work shared here: what one call
+    costs it (`launch us`: a forward, or forward and backward) is less than with compiled FlexAttention and more than with SDPA. SDPA
+    computes the whole square for the window.
 """
 GPU_IMPLEMENTATIONS = ("ours", "ours_portable", "fa4", "flex", "sdpa_cudnn", "fa4_dense")
 
@@ -346,20 +347,14 @@ def gpu_attention() -> str:
 
 def tuned_peers() -> str:
     """FlexAttention after its autotuning, where it was measured."""
-    layouts = "random25 random10"
-    return "\n\n".join(
-        (
-            gpu_cases(
-                "gpu_benchmark_autotuned",
-                f"--grid bars --layouts {layouts} --block-sizes 128 --head-dims 128 --implementations ours ours_portable flex_autotune",
-                "`flex_autotune`: FlexAttention compiled with `max-autotune`.",
-            ),
-            gpu_cases(
-                "gpu_benchmark_blocks64",
-                "--grid bars --layouts random25 --block-sizes 64",
-                BLOCKS64,
-            ),
-        )
+    options = (
+        "--grid bars --layouts random25 random10 block_window --block-sizes 64 128 --head-dims 128 --kv-heads 16 --lengths 16384 "
+        "--implementations ours ours_portable flex_autotune"
+    )
+    return gpu_cases(
+        "gpu_benchmark_autotuned",
+        options,
+        "`flex_autotune`: FlexAttention compiled with `max-autotune`. Blocks of 64 and 128.",
     )
 
 
