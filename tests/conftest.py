@@ -17,12 +17,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
-# These have few tests and compile for minutes: first, so that no process waits for them at the end.
-COMPILING = ("test_triton_compile.py", "test_hopper_compile.py")
+# Files that take longest, first, so that no process waits for another's at the end: two compile, the others compute.
+LONGEST = (
+    "test_triton_compile.py",
+    "test_hopper_compile.py",
+    "test_finetune.py",
+    "test_triton_kernels.py",
+    "test_compiled_models.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in COMPILING)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
