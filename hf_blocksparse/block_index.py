@@ -438,7 +438,10 @@ def _counts_of(
     key_end: int,
     device: torch.device,
 ) -> dict[tuple[int, int], int]:
-    """What tiles compute of these rows, by their shape: every kernel of a call weighs strips, many of them of the same shapes."""
+    """What tiles compute of these rows, by their shape: every kernel of a call weighs strips, many of them of the same shapes.
+
+    Empty at first: what is counted is added by whoever counts it, and kept as long as this is.
+    """
     return {}
 
 

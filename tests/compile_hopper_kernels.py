@@ -255,14 +255,17 @@ def ptxas_report(log: str) -> tuple[list[str], int]:
 def arrivals(ptx: str) -> tuple[int, int]:
     """Arrivals at barriers in shared memory, and those of them without a barrier of the arriving thread's own warps right before.
 
-    One thread arrives for all, and what the others have written must be ordered before it. Arrivals that announce bytes say nothing of
-    writes.
+    One thread arrives for all, and what the others have written and read must be ordered before it. Arrivals that announce bytes say
+    nothing of either.
     """
     is_ordered, number, unordered = False, 0, 0
     for line in ptx.splitlines():
         if "bar.sync" in line or "bar.warp.sync" in line:
             is_ordered = True
-        elif "st.shared" in line or line.startswith("$"):
+        elif (
+            any(access in line for access in ("st.shared", "ld.shared", "ldmatrix"))
+            or line[:1] == "$"
+        ):
             is_ordered = False
         elif "mbarrier.arrive.shared" in line:
             number += 1

@@ -327,31 +327,26 @@ def print_record(
     print(json.dumps(record), flush=True)
 
 
-def compile_few_queries(target: GPUTarget, capability: int, case: Case, number: int) -> None:
-    """A row split over programs and a whole one, in turn; the first case has both."""
-    sizes = decode_sizes(
-        target.backend,
-        capability,
-        case.head_dim,
-        case.value_dim or case.head_dim,
-        ELEMENT_BYTES[case.dtype],
-        case.block_size,
-    )
-    for queries, is_split in DECODES if number == 0 else DECODES[number % 2 :][:1]:
-        compiled = compile_decode(target, case, sizes, queries, is_split)
-        print_record("decode", case, sizes, compiled, queries=queries, is_split=is_split)
-    if case.head_dim in (128, 256):
-        print_record("combine", case, sizes, compile_combine(target, case))
-
-
 def main(name: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     target = TARGETS[name]
     has_descriptors = target.backend == "cuda" and target.arch >= 90
     capability = target.arch if target.backend == "cuda" else 0
     for number, case in enumerate(CASES):
-        if not (case.gathered or case.narrow):  # which says nothing to kernels of a few queries
-            compile_few_queries(target, capability, case, number)
+        sizes = decode_sizes(
+            target.backend,
+            capability,
+            case.head_dim,
+            case.value_dim or case.head_dim,
+            ELEMENT_BYTES[case.dtype],
+            case.block_size,
+        )
+        # A row split over programs and a whole one, in turn; the first case has both.
+        for queries, is_split in DECODES if number == 0 else DECODES[number % 2 :][:1]:
+            compiled = compile_decode(target, case, sizes, queries, is_split)
+            print_record("decode", case, sizes, compiled, queries=queries, is_split=is_split)
+        if case.head_dim in (128, 256):
+            print_record("combine", case, sizes, compile_combine(target, case))
         for kernel_name, kernel in KERNELS.items():
             choose = gathered_tile_sizes if case.gathered else tile_sizes
             choose = narrow_tile_sizes if case.narrow else choose

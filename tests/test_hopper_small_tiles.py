@@ -189,12 +189,14 @@ CHOICES = {  # at head size 128: tiles forward, and backward
     "wide window": (SlidingWindow(700), WHOLE, WHOLE),
     "random 128": (random_blocks(4, 2048, 128, 0.25, 0), WHOLE, WHOLE),
     "random 64": (random_blocks(4, 2048, 64, 0.25, 0), (64, 64), (64, 64)),
-    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32), (64, 32)),
+    "random 32": (random_blocks(4, 2048, 32, 0.1, 0), (64, 32), (64, 64)),
     "random 32, dense": (random_blocks(4, 2048, 32, 0.5, 0), (64, 32), WHOLE),
     "random 16": (random_blocks(4, 2048, 16, 0.1, 0), (64, 16), (64, 16)),
     "random 16, dense": (random_blocks(4, 2048, 16, 0.4, 0), WHOLE, WHOLE),
     "bigbird 64": (BigBird(64), (64, 64), (64, 64)),
-    "bigbird 32": (BigBird(32), (64, 32), (64, 32)),
+    "bigbird 32": (BigBird(32), (64, 32), (64, 64)),
+    "bigbird 16": (BigBird(16), (64, 16), (64, 16)),
+    "bigbird 16, many random": (BigBird(16, random_blocks=32), WHOLE, WHOLE),
     "window 64": (BigBird(64, window_blocks=33, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
     "window 32": (BigBird(32, window_blocks=65, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
     "window 16": (BigBird(16, window_blocks=129, global_blocks=0, random_blocks=0), WHOLE, WHOLE),
@@ -240,22 +242,26 @@ def test_scattered_blocks_take_narrow_tiles_at_head_size_64():
     assert not hopper._is_of_these_kernels(forward, hopper.STRIP)
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", [name for name in CHOICES if "random" in name])
-def test_strips_are_those_that_the_portable_kernels_choose(name, head_dim, monkeypatch):
+@pytest.mark.parametrize("name", CHOICES)
+def test_strips_are_those_that_the_portable_kernels_choose(name, head_dim, group_size, monkeypatch):
     """Where these kernels leave a call to the portable ones, the index that said so is the one that those take."""
     monkeypatch.setattr(launch, "backend_of", lambda device: ("cuda", 90))
     problem = problem_that_chooses(CHOICES[name][0])
-    rows = torch.empty(1, 4, 2048, head_dim, dtype=torch.bfloat16, device="meta")
+    query, key = (
+        torch.empty(1, heads, 2048, head_dim, dtype=torch.bfloat16, device="meta")
+        for heads in (4, 4 // group_size)
+    )
 
     def takes(direction):
-        return launch._sizes_and_index(rows, rows, rows, problem, direction)[1]
+        return launch._sizes_and_index(query, key, key, problem, direction)[1]
 
-    forward = hopper._index_of_forward(problem, head_dim, 1)
-    backward = hopper._index_of_backward(problem, head_dim, 1)
-    if forward.tile_kv < hopper.STRIP:
+    forward = hopper._index_of_forward(problem, head_dim, group_size)
+    if not hopper._is_of_these_kernels(forward, hopper.STRIP):
         assert takes("forward") is forward
-    if backward.tile_kv < TILE:
+    backward = hopper._index_of_backward(problem, head_dim, group_size)
+    if not hopper._is_of_these_kernels(backward, hopper.SMALL_TILE):
         assert takes("grad_query") is backward
 
 

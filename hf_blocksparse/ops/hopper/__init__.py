@@ -38,6 +38,7 @@ SMALL_RATE = 0.85
 
 On an NVIDIA H200 it is 0.76 to 0.89 forward and 0.98 to 1.07 backward for windows of 128 to 1,024 tokens, 0.87 to 0.91 and 0.84 to 0.90 for
 blocks of 64 and 128, 1.07 and 0.72 where every tile has a mask."""
+_SMALL = Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE)
 STRIP_RATE = 0.9
 """The same for strips of `STRIP` keys, which one of these kernels gathers, forward, beside tiles of 128.
 
@@ -47,8 +48,8 @@ GATHERED_FORWARD_RATE = 0.7
 GATHERED_BACKWARD_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
 """Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
 
-On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both. Their
-narrow tiles come at `narrow_rate` beside their gathered ones."""
+On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both. (The forward
+has strips of its own for blocks of 32.) Their narrow tiles come at `narrow_rate` beside their gathered ones."""
 PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
 """The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
 
@@ -112,7 +113,7 @@ def _index_of_tiles(problem: Problem, largest: int) -> BlockIndex:
     """The index for tiles of 64 or 128, whichever these kernels are faster with; `largest`: side of the tiles that may be chosen."""
     if largest == SMALL_TILE or problem.block_size % TILE == 0:
         return problem.index_for(largest, largest)
-    return problem.index_for(TILE, TILE, False, (Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE),))
+    return problem.index_for(TILE, TILE, False, (_SMALL,))
 
 
 @cache
@@ -131,8 +132,18 @@ def _portable_strips(
     return (*strips, kind)
 
 
+def _packed_strips(block_size: int, group_size: int, rate: float) -> tuple[Strips, ...]:
+    """The same where the heads of a group fill tiles together."""
+    if group_size == 1:
+        return ()
+    return (Strips(SMALL_TILE, block_size, rate, group_size, per_query=FIXED_KEYS),)
+
+
 def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
     """The index of the faster kernels: for tiles of 64 or 128, or for strips, of these kernels (`STRIP`) or the portable ones.
+
+    Tiles of 64 are always among the choices, in the forward with blocks of 32 as strips: the portable kernels, which have such tiles, too,
+    and slower ones, would not take the strips that lose against them. (At about 1,000 tokens a few such calls are left to them still.)
 
     `group_size`: query heads per key head, which fill the portable kernels' tiles together where they share lists.
     """
@@ -142,10 +153,11 @@ def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> Block
     if block_size == STRIP:
         strips: tuple[Strips, ...] = (Strips(SMALL_TILE, STRIP, STRIP_RATE),)
     else:
-        strips = _portable_strips("forward", head_dim, block_size, GATHERED_FORWARD_RATE)
-    if group_size > 1:
-        strips += (Strips(SMALL_TILE, block_size, PACKED_FORWARD_RATE, group_size),)
-    return problem.index_for(TILE, TILE, False, strips)
+        rate = GATHERED_FORWARD_RATE
+        strips = (_SMALL, *_portable_strips("forward", head_dim, block_size, rate))
+    return problem.index_for(
+        TILE, TILE, False, strips + _packed_strips(block_size, group_size, PACKED_FORWARD_RATE)
+    )
 
 
 def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
@@ -157,11 +169,10 @@ def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> Bloc
     block_size = problem.block_size
     if not 1 < block_size < SMALL_TILE:
         return _index_of_tiles(problem, largest)
-    rate = GATHERED_BACKWARD_RATES[largest]
-    strips = _portable_strips("grad_query", head_dim, block_size, rate)
-    if group_size > 1:
-        strips += (Strips(SMALL_TILE, block_size, PACKED_BACKWARD_RATE, group_size),)
-    return problem.index_for(largest, largest, False, strips)
+    small = () if largest == SMALL_TILE else (_SMALL,)
+    strips = _portable_strips("grad_query", head_dim, block_size, GATHERED_BACKWARD_RATES[largest])
+    packed = _packed_strips(block_size, group_size, PACKED_BACKWARD_RATE)
+    return problem.index_for(largest, largest, False, small + strips + packed)
 
 
 class Operand(NamedTuple):

@@ -35,7 +35,8 @@ def load_words(
     """Words of bits [rows, words, 1], of 32 keys each, for `scores` [rows, columns].
 
     Word number `word` of a mask in `bank`, whose masks have `TILE_ROWS` rows of `TILE_WORDS` words; of all bits where `mask_id` is -1. Keys
-    outside `[key_begin, key_end)`, counted in their tile, are cleared. All but `query_in_tile` may be numbers, or tensors of one per word.
+    outside `[key_begin, key_end)`, counted in their tile, are cleared. `mask_id`, `word` and both ends may be numbers, or tensors of one
+    per word.
     """
     ROWS: gl.constexpr = scores.shape[0]
     parts = gl.reshape(scores, [ROWS, scores.shape[1] // 32, 4, 4, 2])

@@ -213,7 +213,8 @@ def grad_query_kernel(
         num_full = full_last - full_first
         num_strips = num_full + partial_last - partial_first
         num_whole = 0
-        if TILE_Q <= STRIP:  # a strip that serves one block of queries is nearly always full
+        # A strip that serves one block of queries is nearly always full. So is one of packed heads, which was no faster here.
+        if TILE_Q <= STRIP:
             num_whole = num_full // STRIPS * STRIPS
             for place in tl.range(0, num_whole, STRIPS):
                 strips = tl.load(lists.indices + full_first + place + tl.arange(0, STRIPS))

@@ -1,10 +1,10 @@
 """Long columns of the backward in parts: key tiles that so many query rows read that one program would keep all others waiting.
 
 A *column* is a key tile of one key head with all query tiles that read it, in all query heads of its group: with global tokens every
-query tile, four times as many as in a row where four query heads share a key head. A column much longer than a program's share of all
-steps is cut into parts. Programs leave the float32 sums of their parts in slots of their own, and `add_parts_kernel` adds those up, in
-the order of the parts, so that dK and dV stay bitwise reproducible. Their last bits depend on where a column is cut: on all columns of
-the call together and on the number of multiprocessors.
+query tile, four times as many as in a row where four query heads share a key head. A column longer than a program's share of all
+steps, or for the portable kernel nearly as long, is cut into parts. Programs leave the float32 sums of their parts in slots of their
+own, and `add_parts_kernel` adds those up, in the order of the parts, so that dK and dV stay bitwise reproducible. Their last bits depend
+on where a column is cut: on all columns of the call together and on the number of multiprocessors.
 
 Parts are made with the first call of an index and kept with it, which waits for the device once. Where no column is long there are no
 parts, no slots and no second kernel. Slots take at most `1 / PART` tiles of dK and dV per program: 33 MiB in float32 for 132 programs with
@@ -43,14 +43,15 @@ LONG = 5, 4
 LONG_IN_GRID = 3, 4
 """The same for the portable kernel, which begins whole columns head by head: the last head's, when others are nearly done."""
 PART = 1, 2
-"""Of a program's share: what a part has at least. Parts of this size are dealt out evenly, and there are few of them to add up."""
+"""Of a program's share: about what a part has, at least 3/8. Such parts are dealt out evenly, and there are few of them to add up."""
 SHORTEST_PART = 16
 """Steps of a part at least."""
 SHORT = 6
 """A column of up to so many shortest parts stays whole: it takes no longer than the CPU does to issue a backward, which another kernel
 and its tensors make longer."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Programs of four warps or more of the portable kernel that a multiprocessor runs at a time; of fewer warps so many times as many."""
+"""Programs of four warps or more of the portable kernel that a multiprocessor runs at a time; with one or two warps it runs four times or
+twice as many."""
 ROWS_AT_ONCE = 16
 
 Schedules = WeakKeyDictionary["BlockIndex", WeakKeyDictionary["Sequences", dict[Any, Any]]]

@@ -26,7 +26,7 @@ So strips are taken where their share of the tiles' coefficients is at most this
 """
 
 FIXED_KEYS = 150
-"""What a query tile costs besides, as keys of its rows that it would compute in that time: where rows are short, it is not far from all.
+"""What a query tile costs besides, as keys of its rows that it would compute in that time: with short rows, most of what it costs.
 
 Forward, in BigBird with 13 blocks of 16 in a row, an NVIDIA H200 gave about 160 for tiles of 16 and of 64 queries; 130 with 32.
 """
@@ -42,7 +42,7 @@ narrow as one.
 
 By the largest padded head size and the block's size, for the sizes in `_NARROW`. An NVIDIA H200 gave, at random 10 %, 0.47, 0.69, 0.32 and
 0.48 for queries in this order, and at 25 % 0.02 to 0.07 more. That of blocks of 32 and head size 64 is lower, so that three heads with one
-layout fill a tile for four together (`GATHERED_RATE` * 3 / 4), which is faster.
+layout are packed, though a place of four stays empty (`GATHERED_RATE` * 3 / 4), which is faster.
 """
 
 SHARED_MEMORY_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "small": 65536}
