@@ -262,10 +262,7 @@ def arrivals(ptx: str) -> tuple[int, int]:
     for line in ptx.splitlines():
         if "bar.sync" in line or "bar.warp.sync" in line:
             is_ordered = True
-        elif (
-            any(access in line for access in ("st.shared", "ld.shared", "ldmatrix"))
-            or line[:1] == "$"
-        ):
+        elif line.startswith("$") or re.search(r"\b(st\.shared|ld\.shared|ldmatrix)\b", line):
             is_ordered = False
         elif "mbarrier.arrive.shared" in line:
             number += 1

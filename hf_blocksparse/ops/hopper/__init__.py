@@ -38,7 +38,6 @@ SMALL_RATE = 0.85
 
 On an NVIDIA H200 it is 0.76 to 0.89 forward and 0.98 to 1.07 backward for windows of 128 to 1,024 tokens, 0.87 to 0.91 and 0.84 to 0.90 for
 blocks of 64 and 128, 1.07 and 0.72 where every tile has a mask."""
-_SMALL = Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE)
 STRIP_RATE = 0.9
 """The same for strips of `STRIP` keys, which one of these kernels gathers, forward, beside tiles of 128.
 
@@ -109,11 +108,14 @@ def _is_of_these_kernels(index: BlockIndex, narrowest: int) -> bool:
     return index.tile_q >= SMALL_TILE and index.tile_kv >= narrowest
 
 
-def _index_of_tiles(problem: Problem, largest: int) -> BlockIndex:
-    """The index for tiles of 64 or 128, whichever these kernels are faster with; `largest`: side of the tiles that may be chosen."""
-    if largest == SMALL_TILE or problem.block_size % TILE == 0:
-        return problem.index_for(largest, largest)
-    return problem.index_for(TILE, TILE, False, (_SMALL,))
+def _index_of_tiles(problem: Problem, largest: int, strips: tuple[Strips, ...] = ()) -> BlockIndex:
+    """The index for tiles of 64 or 128, whichever these kernels are faster with, or for `strips`.
+
+    `largest`: side of the tiles that may be chosen.
+    """
+    if largest > SMALL_TILE and problem.block_size % TILE:
+        strips = (Strips(SMALL_TILE, SMALL_TILE, SMALL_RATE), *strips)
+    return problem.index_for(largest, largest, False, strips)
 
 
 @cache
@@ -142,8 +144,8 @@ def _packed_strips(block_size: int, group_size: int, rate: float) -> tuple[Strip
 def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
     """The index of the faster kernels: for tiles of 64 or 128, or for strips, of these kernels (`STRIP`) or the portable ones.
 
-    Tiles of 64 are always among the choices, in the forward with blocks of 32 as strips: the portable kernels, which have such tiles, too,
-    and slower ones, would not take the strips that lose against them. (At about 1,000 tokens a few such calls are left to them still.)
+    Tiles of 64 are always among the choices: the portable kernels, which have such tiles, too, and slower ones, would not take the strips
+    that lose against them. (At about 1,000 tokens a few such calls are left to them still.)
 
     `group_size`: query heads per key head, which fill the portable kernels' tiles together where they share lists.
     """
@@ -153,11 +155,9 @@ def _index_of_forward(problem: Problem, head_dim: int, group_size: int) -> Block
     if block_size == STRIP:
         strips: tuple[Strips, ...] = (Strips(SMALL_TILE, STRIP, STRIP_RATE),)
     else:
-        rate = GATHERED_FORWARD_RATE
-        strips = (_SMALL, *_portable_strips("forward", head_dim, block_size, rate))
-    return problem.index_for(
-        TILE, TILE, False, strips + _packed_strips(block_size, group_size, PACKED_FORWARD_RATE)
-    )
+        strips = _portable_strips("forward", head_dim, block_size, GATHERED_FORWARD_RATE)
+    packed = _packed_strips(block_size, group_size, PACKED_FORWARD_RATE)
+    return _index_of_tiles(problem, TILE, strips + packed)
 
 
 def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> BlockIndex:
@@ -169,10 +169,9 @@ def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> Bloc
     block_size = problem.block_size
     if not 1 < block_size < SMALL_TILE:
         return _index_of_tiles(problem, largest)
-    small = () if largest == SMALL_TILE else (_SMALL,)
     strips = _portable_strips("grad_query", head_dim, block_size, GATHERED_BACKWARD_RATES[largest])
     packed = _packed_strips(block_size, group_size, PACKED_BACKWARD_RATE)
-    return problem.index_for(largest, largest, False, small + strips + packed)
+    return _index_of_tiles(problem, largest, strips + packed)
 
 
 class Operand(NamedTuple):

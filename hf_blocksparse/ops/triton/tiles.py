@@ -101,8 +101,13 @@ def heads_of_rows(heads_per_list, TILE_Q: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def search(indices, low, high, bound):
-    """The first entry of the ascending `indices[low:high]` that is at least `bound`; `high` if none is."""
+def search_between(indices, begin, end, smallest, largest, bound):
+    """The first entry of the ascending `indices[begin:end]` that is at least `bound`; `end` if none is.
+
+    Without a step of the search where `smallest` and `largest`, no greater and no less than all of them, settle it.
+    """
+    low = tl.where(largest < bound, end, begin)
+    high = tl.where(smallest >= bound, low, end)
     while low < high:
         middle = (low + high) // 2
         if tl.load(indices + middle) < bound:
@@ -110,13 +115,6 @@ def search(indices, low, high, bound):
         else:
             high = middle
     return low
-
-
-@triton.jit
-def search_between(indices, first, end, smallest, largest, bound):
-    """`search` in `indices[first:end]`, without a step where numbers no greater and no less than all of them settle it."""
-    low = tl.where(largest < bound, end, first)
-    return search(indices, low, tl.where(smallest >= bound, low, end), bound)
 
 
 @triton.jit
