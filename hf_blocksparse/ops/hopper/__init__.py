@@ -44,11 +44,13 @@ STRIP_RATE = 0.9
 On an NVIDIA H200 it is 1.3 to 1.4 where every tile of 128 has a mask, and 0.8 for windows, whose tiles have none and whose strips hold 0.95
 of them."""
 GATHERED_FORWARD_RATE = 0.7
-GATHERED_BACKWARD_RATES = {TILE: 0.5, SMALL_TILE: 0.65}
-"""Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128, or of 64.
+GATHERED_BACKWARD_RATES = {TILE: {64: 0.6, 128: 0.5}, SMALL_TILE: {64: 0.7, 128: 0.6}}
+"""Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128; backward, by head
+size (at most 64 or 128), also while these compute one in tiles of 64.
 
-On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both. (The forward
-has strips of its own for blocks of 32.) Their narrow tiles come at `narrow_rate` beside their gathered ones."""
+On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward, 0.58 to 0.63 backward at head size 64 and 0.47 to 0.58 at
+128, beside tiles of 64 0.61 to 0.70. BigBird with blocks of 32, backward: 0.64 and 0.47 to 0.52, 0.73 and 0.53 to 0.61. (The forward has
+strips of its own for blocks of 32.) Their narrow tiles come at `narrow_rate` beside their gathered ones."""
 PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
 """The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
 
@@ -169,7 +171,8 @@ def _index_of_backward(problem: Problem, head_dim: int, group_size: int) -> Bloc
     block_size = problem.block_size
     if not 1 < block_size < SMALL_TILE:
         return _index_of_tiles(problem, largest)
-    strips = _portable_strips("grad_query", head_dim, block_size, GATHERED_BACKWARD_RATES[largest])
+    rate = GATHERED_BACKWARD_RATES[largest][64 if head_dim <= 64 else 128]
+    strips = _portable_strips("grad_query", head_dim, block_size, rate)
     packed = _packed_strips(block_size, group_size, PACKED_BACKWARD_RATE)
     return _index_of_tiles(problem, largest, strips + packed)
 
@@ -324,9 +327,8 @@ def forward(
                     _descriptor(out, SMALL_TILE),
                     out,
                     out_strides,
-                    *rest[:6],
                     kept,
-                    *rest[6:],
+                    *rest,
                 ),
                 small_forward_constants(head_dim, index.tile_kv),
                 SMALL_OPTIONS,

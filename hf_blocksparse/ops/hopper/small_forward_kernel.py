@@ -426,13 +426,13 @@ def small_forward_kernel(
     out_desc,
     out,
     out_strides,
+    rows_kept,
     lse,
     records,
     offsets,
     indices,
     mask_ids,
     bank,
-    rows_kept,
     score_scale,
     num_heads,
     group_size,
@@ -448,8 +448,8 @@ def small_forward_kernel(
     """Grid: (programs of the schedule,). Writes the rows of `out` and `lse` that the tiles' sequences own.
 
     `*_desc`: tensor descriptors of [batch, heads, rows, HEAD_DIM], in blocks of 64 rows and DIM columns (query, out) or of STRIP rows and
-    64 columns (key, value); `out`, `out_strides`: the same output by pointer; `lse`: [batch, heads, rows]; `records`, `offsets`:
-    `work.Schedule`; `indices`, `mask_ids`, `bank`: of the block index; `rows_kept`: of `work`, read where STRIP < 64; `query_rows`,
+    64 columns (key, value); `out`, `out_strides`: the same output by pointer; `rows_kept`: of `work`, read where STRIP < 64; `lse`:
+    [batch, heads, rows]; `records`, `offsets`: `work.Schedule`; `indices`, `mask_ids`, `bank`: of the block index; `query_rows`,
     `key_rows`: of the tensors.
     """
     DTYPE: gl.constexpr = query_desc.dtype
