@@ -48,9 +48,9 @@ GATHERED_BACKWARD_RATES = {TILE: {64: 0.6, 128: 0.5}, SMALL_TILE: {64: 0.7, 128:
 """Coefficients that the portable kernels compute in tiles gathered from strips while these compute one in tiles of 128; backward, by head
 size (at most 64 or 128), also while these compute one in tiles of 64.
 
-On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward, 0.58 to 0.63 backward at head size 64 and 0.47 to 0.58 at
-128, beside tiles of 64 0.61 to 0.70. BigBird with blocks of 32, backward: 0.64 and 0.47 to 0.52, 0.73 and 0.53 to 0.61. (The forward has
-strips of its own for blocks of 32.) Their narrow tiles come at `narrow_rate` beside their gathered ones."""
+On an NVIDIA H200, random layouts of blocks of 32 and 16: 0.67 to 0.75 forward and 0.44 to 0.50 backward; 0.61 to 0.70 in both. At head
+size 64 their narrow tiles, which come at `narrow_rate` beside gathered ones, stand for 0.58 to 0.63 backward. BigBird with blocks of 32,
+backward, head sizes 64 and 128: 0.64 and 0.47 to 0.52; 0.73 and 0.53 to 0.61. (The forward has strips of its own for blocks of 32.)"""
 PACKED_FORWARD_RATE, PACKED_BACKWARD_RATE = 0.7, 0.27
 """The same beside tiles of 128, where the heads of a group fill the portable kernels' tiles together.
 
