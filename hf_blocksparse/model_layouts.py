@@ -25,7 +25,12 @@ from torch import Tensor, nn
 
 from hf_blocksparse.attention import resolve_layout
 from hf_blocksparse.layouts import KINDS, Dense, Layout, PerLayer, layout_from_dict
-from hf_blocksparse.replacements import has_replacement, install, uninstall
+from hf_blocksparse.replacements import (
+    has_replacement,
+    install,
+    reaches_interface,
+    uninstall,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -258,17 +263,12 @@ def registered_configs(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrain
     yield from walk("", config)
 
 
-def _reaches_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
-
-
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose forward asks transformers' attention interface, or can be replaced by one that does, by path."""
     return {
         path: module
         for path, module in model.named_modules()
-        if _reaches_interface(module) or has_replacement(module)
+        if reaches_interface(type(module)) or has_replacement(module)
     }
 
 

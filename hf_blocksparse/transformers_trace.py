@@ -26,7 +26,7 @@ from hf_blocksparse.model_calls import (
     weights_are_collected,
 )
 from hf_blocksparse.model_layouts import has_own_layers, section_of, state_of
-from hf_blocksparse.replacements import REPLACED_MODEL_TYPES
+from hf_blocksparse.replacements import replaces_family
 from hf_blocksparse.sequence_parallel import MASK_OF_PART
 from hf_blocksparse.sequences import HAS_MASK_FACT, table_of_padding
 from hf_blocksparse.transformers_masks import SequenceMask, mask_of_graph, predicate_of
@@ -110,7 +110,7 @@ def _refuse_export() -> None:
 
 def _is_replaced(config: Any) -> bool:
     """Whether a model's attention modules are replaced, which read masks in ways of their own."""
-    return getattr(config, "model_type", None) in REPLACED_MODEL_TYPES
+    return replaces_family(getattr(config, "model_type", None))
 
 
 def _needs_no_mask(

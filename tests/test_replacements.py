@@ -41,6 +41,7 @@ from transformers.masking_utils import (
     AttentionMaskInterface,
     sdpa_mask,
 )
+from transformers.models.big_bird import modeling_big_bird
 
 from hf_blocksparse import (
     BlockDiagonal,
@@ -265,8 +266,11 @@ def test_dropout_of_the_weights_is_drawn_in_training_only(family):
         if family == "mpt":
             module.attn_dropout_p = 0.5
         else:
-            dropouts = [getattr(module, n, None) for n in ("attention_dropout", "attn_dropout")]
-            next(part for part in dropouts if part is not None).p = 0.5
+            name = "attn_dropout" if hasattr(module, "attn_dropout") else "attention_dropout"
+            if isinstance(part := getattr(module, name), torch.nn.Dropout):
+                part.p = 0.5
+            else:  # GPT-J's from transformers 5.24 on
+                setattr(module, name, 0.5)
     batch = make_batch(padded=False)
     expected = model(**batch).logits
     assert torch.equal(model(**batch).logits, expected)
@@ -316,7 +320,7 @@ def test_padding_between_tokens_is_exact_elsewhere(family):
     assert_same(run(patch_model(model, Dense()), batch), expected)
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt", "codegen"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gpt_neo"])
 def test_weights_are_refused(family):
     model = patch_model(make_model(family), Dense())
     with pytest.raises(NotImplementedError, match="never makes the weights; look at them in the"):
@@ -328,7 +332,7 @@ def test_weights_are_refused(family):
         model(**make_batch())
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gpt_neo"])
 def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family, tmp_path):
     model, batch = patch_model(make_model(family), SPARSE), make_batch(padded=False)
     lengths = torch.tensor([0, 13, 40], dtype=torch.int32)
@@ -337,7 +341,7 @@ def test_packed_documents_are_refused_where_the_model_drops_what_says_so(family,
     with pytest.raises(NotImplementedError, match="cu_seq_lens_k got packed documents"):
         model.base_model(**batch, cu_seq_lens_k=lengths)
     positions = torch.cat([torch.arange(13), torch.arange(27)])[None].expand(3, -1)
-    if family != "gptj":
+    if family != "gpt_neo":
         with pytest.raises(NotImplementedError, match="whose forward does not take it and would"):
             model(**batch, position_ids=positions)
     else:
@@ -384,7 +388,7 @@ def test_a_layer_cannot_keep_its_own_attention(tmp_path):
 
 
 def test_another_implementation_asks_for_unpatching():
-    model = patch_model(make_model("gptj"), SPARSE)
+    model = patch_model(make_model("bloom"), SPARSE)
     model.config._attn_implementation = "eager"
     with pytest.raises(NotImplementedError, match="got 'eager' .* call unpatch_model"):
         model(**make_batch())
@@ -514,6 +518,10 @@ def test_a_big_bird_takes_any_layout(attention_type, padded):
         assert unpatch_model(model).bert.attention_type == attention_type
 
 
+@pytest.mark.skipif(
+    not hasattr(modeling_big_bird, "create_causal_mask"),
+    reason="BigBird is not causal in this version of transformers, not as a decoder either",
+)
 def test_a_big_bird_decodes_from_a_cache_before_it_was_ever_called():
     def decoder(attention_type):
         torch.manual_seed(0)

@@ -16,6 +16,7 @@ from importlib import import_module
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _FILE_OF = {
     f"{_MODELS}.longformer.modeling_longformer.LongformerSelfAttention": "longformer",
     f"{_MODELS}.mpt.modeling_mpt.MptAttention": "mpt",
 }
-REPLACED_MODEL_TYPES = frozenset(_FILE_OF.values())
 _NATIVE = {"big_bird": "big_bird", "longformer": "longformer"}
 _UNDO_ATTRIBUTE = "_block_sparse_replaced"
 
@@ -50,9 +50,29 @@ def is_replaced(module: nn.Module) -> bool:
     return type(module).__module__.startswith(f"{__name__}.")
 
 
+def reaches_interface(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a module class itself asks transformers' attention interface."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= set(code.co_names)
+
+
 def has_replacement(module: nn.Module) -> bool:
-    """Whether `module` is of a class that has a replacement, or is one already."""
-    return _name_of(type(module)) in _FILE_OF or is_replaced(module)
+    """Whether `module` is of a class that needs its replacement, or is one already.
+
+    GPT-J and CodeGen go through the interface themselves from transformers 5.24 on.
+    """
+    kind = type(module)
+    return is_replaced(module) or (_name_of(kind) in _FILE_OF and not reaches_interface(kind))
+
+
+@torch.compiler.assume_constant_result
+def replaces_family(model_type: str | None) -> bool:
+    """Whether attention modules of a family, whose model exists, need replacements."""
+    paths = [path for path, file in _FILE_OF.items() if file == model_type]
+    for module, _, kind in (path.rpartition(".") for path in paths):
+        if not reaches_interface(getattr(sys.modules[module], kind)):
+            return True
+    return False
 
 
 def _replacement(kind: type) -> type[ReplacedAttention]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_blocksparse.transformers_masks import SequenceMask
@@ -73,6 +74,11 @@ class ReplacedAttention(nn.Module):
             options["dropout"] = 0.0
         attention = ALL_ATTENTION_FUNCTIONS["block_sparse"]
         return attention(self, query, key, value, attention_mask, **options)
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache in a call's keyword arguments, whatever its name: transformers' `past_key_values` became `cache` with 5.24."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
 
 
 def refuse_padding_between_tokens(attention_mask: Tensor | None) -> None:

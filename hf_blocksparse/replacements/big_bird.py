@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BigBirdConfig, Cache, PreTrainedModel
+from transformers import BigBirdConfig, PreTrainedModel
 from transformers.models.big_bird.modeling_big_bird import (
     BigBirdBlockSparseAttention,
     BigBirdSelfAttention,
 )
 
 from hf_blocksparse.layouts import Dense, Layout, PerLayer, TensorLayout
-from hf_blocksparse.replacements.base import ReplacedAttention, Setting
+from hf_blocksparse.replacements.base import ReplacedAttention, Setting, cache_among
 
 # Lengths for which the family draws from plans made for its longest input.
 _PLANNED_LENGTHS = (1024, 3072, 4096)
@@ -41,7 +41,6 @@ class _BigBirdAttention(ReplacedAttention):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if encoder_hidden_states is not None:
@@ -53,8 +52,8 @@ class _BigBirdAttention(ReplacedAttention):
             projection(hidden_states).unflatten(2, (-1, self.attention_head_size)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_among(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         # The family's block-sparse attention drops no weights.
         dropout = getattr(self, "dropout", None)
         out = self.attend(

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from hf_blocksparse.replacements.base import ReplacedAttention, constant
+from hf_blocksparse.replacements.base import ReplacedAttention, cache_among, constant
 
 # transformers' model takes its function's default, whatever the configuration says.
 _BIAS_MAX = 8
@@ -30,7 +29,6 @@ class BlockSparseMptAttention(ReplacedAttention, MptAttention):
         self,
         hidden_states: Tensor,
         position_bias: Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -41,8 +39,8 @@ class BlockSparseMptAttention(ReplacedAttention, MptAttention):
             part.unflatten(2, (self.n_heads, self.head_dim)).transpose(1, 2)
             for part in fused.chunk(3, 2)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := cache_among(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         out = self.attend(
             query,
             key,
