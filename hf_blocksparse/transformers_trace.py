@@ -64,6 +64,7 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
         "trace cannot read, or is a model whose attention modules are replaced",
     )
     assemble = torch.compiler.allow_in_graph(mask_of_graph)
+    is_replaced = torch.compiler.assume_constant_result(replaces_family)
 
     @functools.wraps(attention)
     def attend(
@@ -88,9 +89,13 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
     def mask(**arguments: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return make_mask(**arguments)
-        if not _is_replaced(arguments.get("config")) and _needs_no_mask(**arguments):
+        # Replaced attention modules read masks in ways of their own.
+        if is_replaced(getattr(arguments.get("config"), "model_type", None)):
+            parts = None
+        elif _needs_no_mask(**arguments):
             return None
-        parts = _mask_parts(**arguments)
+        else:
+            parts = _mask_parts(**arguments)
         if parts is not None:
             return assemble(*parts)
         _refuse_export()
@@ -106,11 +111,6 @@ def _refuse_export() -> None:
             "torch.export got a model with a 4-D mask tensor, output_attentions, packed documents beside an attention_mask, or a cache "
             "that only eager block_sparse attention can read; export the forward over input_ids and a 2-D attention_mask."
         )
-
-
-def _is_replaced(config: Any) -> bool:
-    """Whether a model's attention modules are replaced, which read masks in ways of their own."""
-    return replaces_family(getattr(config, "model_type", None))
 
 
 def _needs_no_mask(
@@ -161,11 +161,7 @@ def _mask_parts(
     from transformers.masking_utils import sdpa_mask
 
     device = torch.device(device)
-    if (
-        _is_replaced(kwargs.get("config"))
-        or isinstance(kv_length, Tensor)
-        or isinstance(kv_offset, Tensor)
-    ):
+    if isinstance(kv_length, Tensor) or isinstance(kv_offset, Tensor):
         return None
     predicate, documents, is_known = predicate_of(mask_function, use_vmap)
     if documents is not None and (attention_mask is not None or not is_known):

@@ -16,7 +16,6 @@ from importlib import import_module
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -65,7 +64,6 @@ def has_replacement(module: nn.Module) -> bool:
     return is_replaced(module) or (_name_of(kind) in _FILE_OF and not reaches_interface(kind))
 
 
-@torch.compiler.assume_constant_result
 def replaces_family(model_type: str | None) -> bool:
     """Whether attention modules of a family, whose model exists, need replacements."""
     paths = [path for path, file in _FILE_OF.items() if file == model_type]
