@@ -152,8 +152,8 @@ def join_parts(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     most = torch.stack(lses).amax(0).clamp(min=torch.finfo(lses[0].dtype).min).detach()
     weights = [(lse - most).exp() for lse in lses]
     total = sum(weights[1:], weights[0])
-    # The largest weight is 1; only where a query reads nothing at all is the total less: 0.
-    divisor = total.clamp(min=1.0)
+    # The largest weight is 1; only where a query reads nothing at all is the total less: 0. (`clamp` has no gradient at its bound.)
+    divisor = torch.where(total > 0, total, 1.0)
     joined = sum(weight[..., None] * out for weight, out in zip(weights, outs, strict=True))
     lse = torch.where(total > 0, most + divisor.log(), float("-inf"))
     return (joined / divisor[..., None]).to(outs[0].dtype), lse

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from packaging.version import Version
 from test_imports import fresh_python
 from test_patch import llava
 from test_saving import LARGE, states
 from tiny_models import make_batch, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_blocksparse import (
     BigBird,
@@ -124,6 +126,10 @@ def test_loading_by_the_adapter_s_directory(tmp_path):
         assert torch.equal(logits(loaded), expected["dense"])
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers asks for peft {MIN_PEFT_VERSION}",
+)
 def test_adapters_that_transformers_itself_adds(tmp_path):
     model = base()
     model.add_adapter(lora())

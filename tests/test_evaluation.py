@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -374,7 +375,7 @@ def test_record_survives_the_file(record, tmp_path):
 def test_environment_names_what_a_reader_needs(record):
     environment = record.environment
     assert environment.device == "cpu" and environment.device_memory_bytes > 2**28
-    assert environment.packages["torch"] == torch.__version__
+    assert environment.packages["torch"] == importlib.metadata.version("torch")
     assert environment.git_commit is None or len(environment.git_commit) == 40
 
 
