@@ -77,18 +77,19 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        forward = attention
         if torch.compiler.is_compiling():
             if _is_readable(module, query, key, attention_mask, kwargs):
                 return _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
             _refuse_export()
-            forward = untraced_attention
-        return forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        # Also where torch runs this frame without a trace, in which it would trace those below.
+        return untraced_attention(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
 
     @functools.wraps(make_mask)
     def mask(**arguments: Any) -> Tensor | None:
         if not torch.compiler.is_compiling():
-            return make_mask(**arguments)
+            return untraced_mask(**arguments)  # see above
         # Replaced attention modules read masks in ways of their own.
         if is_replaced(getattr(arguments.get("config"), "model_type", None)):
             parts = None
@@ -105,11 +106,12 @@ def traceable(attention: Callable, make_mask: Callable) -> tuple[Callable, Calla
 
 
 def _refuse_export() -> None:
-    # torch.compile leaves the graph here; an exported program cannot.
+    # torch.compile leaves the graph here; an exported program cannot. (torch 2.11 calls a trace with fullgraph=True an export, too.)
     if torch.compiler.is_exporting():
         raise NotImplementedError(
-            "torch.export got a model with a 4-D mask tensor, output_attentions, packed documents beside an attention_mask, or a cache "
-            "that only eager block_sparse attention can read; export the forward over input_ids and a 2-D attention_mask."
+            "torch.export (or fullgraph=True) got a model with a 4-D mask tensor, output_attentions, packed documents beside an "
+            "attention_mask, or a cache that only eager block_sparse attention can read; export the forward over input_ids and a 2-D "
+            "attention_mask."
         )
 
 

@@ -204,17 +204,14 @@ def own_4d_mask(batch, heads, length):
 
 
 @pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (dict(output_attentions=True), "a compiled graph cannot hold: a 4-D mask tensor"),
-        (own_4d_mask(3, 4, 30), "a compiled graph cannot hold: a 4-D mask tensor"),
-    ],
-    ids=["weights", "4-D mask"],
+    "call", [dict(output_attentions=True), own_4d_mask(3, 4, 30)], ids=["weights", "4-D mask"]
 )
-def test_what_a_trace_cannot_hold_breaks_the_graph_and_stays_right(call, reason):
+def test_what_a_trace_cannot_hold_breaks_the_graph_and_stays_right(call):
     model = patch_model(make_model("llama"), LAYOUT)
     tokens = make_batch(30, padded=False)["input_ids"]
     expected = model(input_ids=tokens, **call)
+    # The second is what torch 2.11 says.
+    reason = r"(graph cannot hold:|\(or fullgraph=True\) got a model with) a 4-D mask tensor"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=reason):
         torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens, **call)
     torch._dynamo.reset()
