@@ -411,9 +411,8 @@ class NamedMaskFunction:
         self.function = function
         self.maker = maker
         self.arguments = arguments
-        self.__name__ = (
-            maker  # which torch 2.11's vmap asks for, in a trace that cannot give it the `repr`
-        )
+        # torch 2.11's vmap asks for it, in a trace that could not give it the `repr`.
+        self.__name__ = maker
 
     def __call__(self, batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.function(batch_idx, head_idx, q_idx, kv_idx)
